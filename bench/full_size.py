@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench import original_names as original
-from bench.step import FLUX, FLUX2, QWEN_IMAGE, SD3, SDXL, Z_IMAGE
+from bench.step import FLUX, FLUX2, KREA2, QWEN_IMAGE, SD3, SDXL, Z_IMAGE
 from trainer.base_model import loading
 from trainer.spec.family import get_family
 
@@ -69,6 +69,11 @@ QWEN2_5_VL = {
     "rope_theta": 1000000,
     "rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"},
 }
+QWEN3_VL = {
+    **QWEN3,
+    "rope_theta": 5000000,
+    "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+}
 VIDEO_VAE = {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
 
 
@@ -88,6 +93,11 @@ FULL = {
         "denoiser": {**QWEN_IMAGE, "in_channels": 64, "out_channels": 16, "joint_attention_dim": 3584},
         "vae": {**VIDEO_VAE, "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16},
         "qwen2_5_vl": QWEN2_5_VL,
+    },
+    "krea2": {
+        "denoiser": {**KREA2, "num_layers": 28, "num_attention_heads": 48, "num_key_value_heads": 12},
+        "vae": {**VIDEO_VAE, "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16},
+        "qwen3_vl": QWEN3_VL,
     },
 }
 

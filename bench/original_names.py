@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from trainer.spec.family import base_models, get_family
 
+OF_VIDEOS = ("qwen_image", "krea2")  # families whose VAE is one of videos
+
 
 def miniature(name: str) -> Path:
     return Path(base_models()[f"mini-{name.replace('_', '-')}"][1].source)
@@ -167,6 +169,29 @@ def flux2_original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
+def krea2_original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As krea-ai/krea-2 names them; a block's six modulations are one vector there."""
+    whole = {"img_in.": "first.", "time_embed.linear_1.": "tmlp.0.", "time_embed.linear_2.": "tmlp.2."}
+    whole |= {"time_mod_proj.": "tproj.1.", "txt_in.norm.weight": "txtmlp.0.scale", "txt_in.linear_1.": "txtmlp.1."}
+    whole |= {"txt_in.linear_2.": "txtmlp.3.", "final_layer.linear.": "last.linear."}
+    whole |= {"final_layer.norm.weight": "last.norm.scale", "final_layer.scale_shift_table": "last.modulation.lin"}
+    parts = {"transformer_blocks.": "blocks.", "text_fusion.": "txtfusion.", ".norm1.weight": ".prenorm.scale"}
+    parts |= {".norm2.weight": ".postnorm.scale", ".scale_shift_table": ".mod.lin", ".ff.": ".mlp."}
+    parts |= {".norm_q.weight": ".qknorm.qnorm.scale", ".norm_k.weight": ".qknorm.knorm.scale"}
+    parts |= {".to_q.": ".wq.", ".to_k.": ".wk.", ".to_v.": ".wv.", ".to_gate.": ".gate.", ".to_out.0.": ".wo."}
+    out = {}
+    for ours, tensor in state.items():
+        theirs = ours
+        for before, after in whole.items():
+            if ours.startswith(before):
+                theirs = after + ours.removeprefix(before)
+        if theirs == ours:
+            for before, after in parts.items():
+                theirs = theirs.replace(before, after)
+        out[theirs] = tensor.flatten() if theirs.endswith(".mod.lin") else tensor
+    return out
+
+
 def wan_vae(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A VAE of videos as Wan-Video/Wan2.1 names it, and as ComfyUI's file of Qwen-Image's VAE does: by places in lists.
 
@@ -281,6 +306,12 @@ def hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**named, "text_model.embeddings.position_ids": torch.arange(77)[None]}
 
 
+def qwen3_vl(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As ComfyUI's file of Qwen3-VL names them, with a part of what reads images where only the language model is."""
+    named = {f"model.{name.removeprefix('language_model.')}": tensor for name, tensor in state.items()}
+    return {"model.visual.deepstack_merger_list.0.norm.weight": torch.ones(8), **named}
+
+
 def under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"{prefix}{k}": v.contiguous() for k, v in state.items()}
 
@@ -292,12 +323,13 @@ def denoiser(name: str, state: dict[str, torch.Tensor], config: dict[str, Any]) 
     if name == "qwen_image":
         return dict(state)
     originals = {"flux": flux_original, "flux2": flux2_original, "sd3": sd3_original, "z_image": z_image_original}
+    originals["krea2"] = krea2_original
     return originals[name](state)
 
 
 def whole_file(name: str, parts: dict[str, dict[str, torch.Tensor]], config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """A whole model in one file: each part (a key of `trainer.spec.family.PREFIXES`) from diffusers' names."""
-    vae = wan_vae if name == "qwen_image" else vae_original
+    vae = wan_vae if name in OF_VIDEOS else vae_original
     found = {"denoiser": denoiser(name, parts["denoiser"], config), "vae": vae(parts["vae"])}
     if "clip_l" in parts:
         found["clip_l"] = hugging_face(parts["clip_l"])
@@ -305,18 +337,21 @@ def whole_file(name: str, parts: dict[str, dict[str, torch.Tensor]], config: dic
         found["qwen3"] = under("model.", parts["qwen3"])
     if "qwen2_5_vl" in parts:
         found["qwen2_5_vl"] = parts["qwen2_5_vl"]
+    if "qwen3_vl" in parts:
+        found["qwen3_vl"] = qwen3_vl(parts["qwen3_vl"])
     if "clip_g" in parts:
         found["clip_g"] = open_clip(parts["clip_g"]) if name == "sdxl" else hugging_face(parts["clip_g"])
     if "t5" in parts:
         found["t5"] = parts["t5"]
     prefixes = {
         "denoiser": "model.diffusion_model.",
-        "vae": "vae." if name in ("flux", "flux2", "z_image", "qwen_image") else "first_stage_model.",
+        "vae": "vae." if name in ("flux", "flux2", "z_image", *OF_VIDEOS) else "first_stage_model.",
         "clip_l": "conditioner.embedders.0.transformer." if name == "sdxl" else "text_encoders.clip_l.transformer.",
         "clip_g": "conditioner.embedders.1.model." if name == "sdxl" else "text_encoders.clip_g.transformer.",
         "t5": "text_encoders.t5xxl.transformer.",
         "qwen3": "text_encoders.qwen3_4b.transformer.",
         "qwen2_5_vl": "text_encoders.qwen25_7b.transformer.",
+        "qwen3_vl": "text_encoders.qwen3vl_4b.transformer.",
     }
     return {k: v for part, state in found.items() for k, v in under(prefixes[part], state).items()}
 
@@ -387,6 +422,19 @@ def qwen_image_files(folder: Path, dtype: torch.dtype) -> dict[str, str]:
         "MODEL_PATH": ("qwen_image_bf16.safetensors", {k: v.to(dtype) for k, v in original("qwen_image").items()}),
         "VAE_PATH": ("qwen_image_vae.safetensors", wan_vae(weights(own / "vae"))),
         "TEXT_ENCODER_PATH": ("qwen_2.5_vl_7b.safetensors", weights(own / "text_encoder")),
+    }
+    for name, state in parts.values():
+        save_file(under("", state), folder / name)
+    return {variable: str(folder / name) for variable, (name, _) in parts.items()}
+
+
+def krea2_files(folder: Path, dtype: torch.dtype) -> dict[str, str]:
+    """The three files that users of Krea 2 have, and the variables that name them."""
+    own = miniature("krea2")
+    parts = {
+        "MODEL_PATH": ("krea2_raw_bf16.safetensors", {k: v.to(dtype) for k, v in original("krea2").items()}),
+        "VAE_PATH": ("qwen_image_vae.safetensors", wan_vae(weights(own / "vae"))),
+        "TEXT_ENCODER_PATH": ("qwen3vl_4b_bf16.safetensors", qwen3_vl(weights(own / "text_encoder"))),
     }
     for name, state in parts.values():
         save_file(under("", state), folder / name)

@@ -114,7 +114,7 @@ def micro_batch(plan: Plan, batch: Batch, generator: torch.Generator) -> MicroBa
         return torch.randn(*shape, generator=generator)
 
     moments_B2CHW = torch.cat([normal(count, steps.CHANNELS[family], height // 8, width // 8)] * 2, dim=1)
-    text = {"tokens": normal(count, length, features).to(dtype), "pooled": normal(count, pooled).to(dtype)}
+    text = {"tokens": normal(count, length, *features).to(dtype), "pooled": normal(count, pooled).to(dtype)}
     text["real"] = torch.ones(count, length, dtype=torch.bool)  # all tokens are the caption's
     geometry_B6 = torch.tensor([[height, width, 0, 0, height, width]] * count, dtype=torch.float32)
     mask_B1HW = None

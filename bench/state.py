@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from bench.step import FLUX, FLUX2, QWEN_IMAGE, SD3, SDXL, Z_IMAGE
+from bench.step import FLUX, FLUX2, KREA2, QWEN_IMAGE, SD3, SDXL, Z_IMAGE
 from trainer.checkpoints import state_files
 from trainer.checkpoints.snapshots import Snapshots
 from trainer.engine import adapters as lora
@@ -39,6 +39,7 @@ def adapters(name: str, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, A
     from diffusers import (
         Flux2Transformer2DModel,
         FluxTransformer2DModel,
+        Krea2Transformer2DModel,
         QwenImageTransformer2DModel,
         SD3Transformer2DModel,
         UNet2DConditionModel,
@@ -54,6 +55,7 @@ def adapters(name: str, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, A
             "sdxl": lambda: UNet2DConditionModel(**SDXL),
             "z_image": lambda: ZImageTransformer2DModel(**Z_IMAGE),
             "qwen_image": lambda: QwenImageTransformer2DModel(**QWEN_IMAGE),
+            "krea2": lambda: Krea2Transformer2DModel(**KREA2),
         }
         model = make[name]().requires_grad_(False)
         facts = kind.FACTS

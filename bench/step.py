@@ -52,13 +52,17 @@ RANK = 16
 GIB = 2**30
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Width and height in pixels.
-SIZES = {"flux": (1280, 768)} | dict.fromkeys(("flux2", "sdxl", "sd3", "z_image", "qwen_image"), (1024, 1024))
-# Of a caption: tokens, features of a token, features of the pooled text.
-TEXT = {"flux": (512, 4096, 768), "sdxl": (77, 2048, 1280), "sd3": (333, 4096, 2048), "z_image": (128, 2560, 1)}
-TEXT |= {"flux2": (512, 7680, 1), "qwen_image": (128, 3584, 1)}
+SQUARE = ("flux2", "sdxl", "sd3", "z_image", "qwen_image", "krea2")
+SIZES = {"flux": (1280, 768)} | dict.fromkeys(SQUARE, (1024, 1024))
+# Of a caption: tokens, features of a token (of Krea 2: its states, and features of each), features of the pooled text.
+TEXT: dict[str, tuple[int, tuple[int, ...], int]]
+TEXT = {"flux": (512, (4096,), 768), "sdxl": (77, (2048,), 1280), "sd3": (333, (4096,), 2048)}
+TEXT |= {"z_image": (128, (2560,), 1), "flux2": (512, (7680,), 1), "qwen_image": (128, (3584,), 1)}
+TEXT["krea2"] = (128, (12, 2560), 1)
+SMALL_TEXT = {"krea2": (16, (12, 64), 1)}  # with --small
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}  # of activations; bf16 in all other precisions
 OFFLOADS = {"host": "activations", "weights": "weights"}  # by WORD
-CHANNELS = {"flux": 16, "flux2": 32, "sdxl": 4, "sd3": 16, "z_image": 16, "qwen_image": 16}  # of latents
+CHANNELS = {"flux": 16, "flux2": 32, "sdxl": 4, "sd3": 16, "z_image": 16, "qwen_image": 16, "krea2": 16}  # of latents
 SEED_OF_WEIGHTS = 0
 SEED_OF_ADAPTERS = 1
 # What the published models differ in from the defaults of diffusers' classes.
@@ -102,6 +106,7 @@ FLUX2 = {
     "guidance_embeds": False,
 }
 QWEN_IMAGE = {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128, "axes_dims_rope": (16, 56, 56)}
+KREA2: dict[str, Any] = {}  # it is the default
 
 # With --small: a few narrow blocks of each class.
 SMALL: dict[str, dict[str, Any]] = {
@@ -115,6 +120,16 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "z_image": {"dim": 256, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2},
     "qwen_image": {"num_layers": 2, "num_attention_heads": 2},
+    "krea2": {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 512,
+        "text_hidden_dim": 64,
+        "text_num_attention_heads": 2,
+        "text_num_key_value_heads": 2,
+        "text_intermediate_size": 128,
+    },
 }
 
 
@@ -143,10 +158,13 @@ def denoiser_config(name: str, base: str) -> dict[str, Any]:
     return dict(published.configs[f"{facts.parts['denoiser']}/config.json"])
 
 
-def text_sizes(name: str, base: str) -> tuple[int, int, int]:
+def text_sizes(name: str, base: str, *, small: bool = False) -> tuple[int, tuple[int, ...], int]:
     """`TEXT` of a family, with the features that this model of it reads."""
-    length, features, pooled_features = TEXT[name]
-    return length, denoiser_config(name, base).get("joint_attention_dim", features), pooled_features
+    length, features, pooled_features = (TEXT | SMALL_TEXT if small else TEXT)[name]
+    config = denoiser_config(name, base)
+    if "joint_attention_dim" in config:
+        features = (config["joint_attention_dim"],)
+    return length, features, pooled_features
 
 
 def denoiser(name: str, *, base: str = "", small: bool = False) -> Any:
@@ -229,7 +247,7 @@ class Bench:
         """A random batch. `scale`: of the loss, as with fp16."""
         generator = torch.Generator(DEVICE).manual_seed(seed)
         width, height = (128, 128) if self.small else self.size
-        length, features, pooled_features = text_sizes(self.name, self.base)
+        length, features, pooled_features = text_sizes(self.name, self.base, small=self.small)
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, device=DEVICE, generator=generator)
@@ -239,7 +257,7 @@ class Bench:
             "noisy": normal(*shape),
             "target": normal(*shape),
             "t": torch.rand(batch, device=DEVICE, generator=generator),
-            "tokens": normal(batch, length, features).to(self.dtype),
+            "tokens": normal(batch, length, *features).to(self.dtype),
             "pooled": normal(batch, pooled_features).to(self.dtype),
             "real": torch.ones(batch, length, device=DEVICE, dtype=torch.bool),  # all tokens are the caption's
             "geometry": torch.tensor([[height, width, 0, 0, height, width]] * batch, device=DEVICE).float(),

@@ -190,7 +190,7 @@ def _step(family: Family, model: Any, case: Case) -> None:
 
     noisy = empty(BATCH, step.CHANNELS[case.family], height // 8, width // 8, dtype=torch.float32).requires_grad_()
     text = {
-        "tokens": empty(BATCH, length, features),
+        "tokens": empty(BATCH, length, *features),
         "pooled": empty(BATCH, pooled_features),
         "real": empty(BATCH, length, dtype=torch.bool),
     }

@@ -126,7 +126,8 @@ def _cache_bytes_per_image(plan: Plan) -> dict[Source, int]:
     bytes_per_value = 4 if PRECISIONS[plan.engine.precision].dtype == "float32" else 2
     caption_bytes = 0  # of a miniature, which has no footprint and small tokens
     if footprint:
-        caption_bytes = max(footprint.text_tokens, MIN_TOKENS) * VALUES_PER_TOKEN * bytes_per_value
+        usual_values = max(footprint.text_tokens, MIN_TOKENS) * VALUES_PER_TOKEN
+        caption_bytes = (footprint.caption_values or usual_values) * bytes_per_value
     sizes: dict[Source, int] = defaultdict(int)
     for dataset in plan.data.datasets:
         width, height = dataset.resolution

@@ -137,7 +137,7 @@ def _unfit_weights(request: Request) -> str | None:
 def _unfit_file(request: Request) -> str | None:
     """By what the file or the repository is called, or by what the folder's index says: its tensors have no mark."""
     path = request.settings.model.model_path
-    if path is None or not request.facts.name_cautions:
+    if path is None or request.model.distilled or not request.facts.name_cautions:
         return None
     found = _said_by_index(Path(path) / "model_index.json")
     if found is None:

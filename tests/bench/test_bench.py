@@ -24,7 +24,7 @@ def test_every_measurement_can_be_called(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["flux", "flux2", "sd3", "sdxl", "z_image", "qwen_image"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "sd3", "sdxl", "z_image", "qwen_image", "krea2"])
 @pytest.mark.parametrize(
     ("what", "rows"),
     [

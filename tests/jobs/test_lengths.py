@@ -24,7 +24,12 @@ ASKED = {
 # that get adapters.
 @pytest.mark.parametrize(
     ("family", "multiple", "varies", "layers"),
-    [("z_image", 32, True, 6 * 7), ("qwen_image", 1, True, 4 * 12), ("flux2", 96, False, 2 * 12 + 4 * 2)],
+    [
+        ("z_image", 32, True, 6 * 7),
+        ("qwen_image", 1, True, 4 * 12),
+        ("flux2", 96, False, 2 * 12 + 4 * 2),
+        ("krea2", 1, True, 8 * 8),
+    ],
 )
 def test_photographs_and_captions_of_many_sizes_train_stop_resume_and_are_drawn(
     job, tmp_path, photographs, family, multiple, varies, layers

@@ -23,7 +23,7 @@ from trainer.spec.family import BaseModel, base_models, get_family
 ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:9"  # refuses every connection
 CLIP, T5, QWEN = "openai/clip-vit-large-patch14", "google-t5/t5-large", "Qwen/Qwen3-4B"
-QWEN_VL = "Qwen/Qwen2.5-VL-7B-Instruct"
+QWEN_VL, QWEN3_VL = "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen3-VL-4B-Instruct"
 
 
 def vocabularies() -> dict[str, dict[str, bytes]]:
@@ -39,6 +39,7 @@ def vocabularies() -> dict[str, dict[str, bytes]]:
         T5: {"tokenizer.json": (miniature("flux") / "tokenizer_2" / "tokenizer.json").read_bytes()},
         QWEN: {"tokenizer.json": (miniature("z_image") / "tokenizer" / "tokenizer.json").read_bytes()},
         QWEN_VL: {"tokenizer.json": (miniature("qwen_image") / "tokenizer" / "tokenizer.json").read_bytes()},
+        QWEN3_VL: {"tokenizer.json": (miniature("krea2") / "tokenizer" / "tokenizer.json").read_bytes()},
     }
 
 

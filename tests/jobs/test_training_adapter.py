@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.support.miniatures import folder
+from tests.support.miniatures import base, folder
 from trainer.storage.digests import sha256
 
 ASKED = {
@@ -20,14 +20,24 @@ ASKED = {
 }
 
 
-def adapter(path, strength):
+# Family → the ends of the layers that its adapters change here, by diffusers' names; those names → the files' own.
+LAYERS = {
+    "z_image": ({"layers.": "layers."}, {"attention.to_q": "attention.to_q", "feed_forward.w2": "feed_forward.w2"}),
+    "krea2": ({"transformer_blocks.": "blocks."}, {"attn.to_q": "attn.wq", "ff.down": "mlp.down"}),
+}
+
+
+def adapter(path, strength, family="z_image"):
     """As ostris publishes them: ComfyUI's prefix, no alpha."""
     torch.manual_seed(0)
-    weights = load_file(next((folder("z_image") / "transformer").glob("*.safetensors")))
+    weights = load_file(next((folder(family) / "transformer").glob("*.safetensors")))
     tensors = {}
+    starts, ends = LAYERS[family]
     for name, weight in weights.items():
-        if name.startswith("layers.") and name.endswith(("attention.to_q.weight", "feed_forward.w2.weight")):
+        if name.startswith(tuple(starts)) and name.removesuffix(".weight").endswith(tuple(ends)):
             layer = f"diffusion_model.{name.removesuffix('.weight')}"
+            for ours, theirs in (*starts.items(), *ends.items()):
+                layer = layer.replace(ours, theirs)
             tensors[f"{layer}.lora_A.weight"] = torch.randn(4, weight.shape[1]) * strength
             tensors[f"{layer}.lora_B.weight"] = torch.randn(weight.shape[0], 4) * strength
     save_file(tensors, path)
@@ -44,12 +54,13 @@ def first_loss(out):
 
 
 @pytest.mark.timeout(900)
-def test_the_lora_trains_on_top_of_it_and_is_drawn_and_saved_without_it(job, tmp_path):
-    asked = {**ASKED, "CACHE_PATH": str(tmp_path / "cache")}
+@pytest.mark.parametrize("family", LAYERS)
+def test_the_lora_trains_on_top_of_it_and_is_drawn_and_saved_without_it(job, tmp_path, family):
+    asked = {**ASKED, "BASE_MODEL": base(family), "CACHE_PATH": str(tmp_path / "cache")}
     plain, out = tmp_path / "plain", tmp_path / "out"
     code, printed = job.run(**asked, OUTPUT_PATH=str(plain))
     assert code == 0, printed
-    named = adapter(tmp_path / "a.safetensors", 0.2)
+    named = adapter(tmp_path / "a.safetensors", 0.2, family)
     code, printed = job.run(**asked, OUTPUT_PATH=str(out), PARAMS_TRAINING_ADAPTER=named)
     assert code == 0 and "layers. The LoRA trains on top of it" in printed, printed
     # The LoRA is zero before the first step: images are those of the base model, but for rounding.

@@ -50,6 +50,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "trainer/families/sdxl.py": FAMILIES,
     "trainer/families/z_image.py": FAMILIES,
     "trainer/families/qwen_image.py": FAMILIES,
+    "trainer/families/krea2.py": FAMILIES,
     "trainer/families/qwen_vae.py": FAMILIES,
     "entrypoint/planning/plan.py": (*PLANNING, "entrypoint/settings"),
     "entrypoint/planning/engine_choice.py": PLANNING,

@@ -174,6 +174,13 @@ def qwen_image_denoiser():
 
 
 @pytest.fixture
+def krea2_denoiser():
+    from tests.support import models
+
+    return models.krea2_denoiser()
+
+
+@pytest.fixture
 def sdxl_denoiser():
     from tests.support import models
 

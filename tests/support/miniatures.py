@@ -6,6 +6,7 @@ import torch
 from diffusers import (
     Flux2KleinPipeline,
     FluxPipeline,
+    Krea2Pipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
@@ -21,6 +22,7 @@ PIPELINES = {
     "sd3": StableDiffusion3Pipeline,
     "z_image": ZImagePipeline,
     "qwen_image": QwenImagePipeline,
+    "krea2": Krea2Pipeline,
 }
 FAMILIES = ("flux", "sdxl", "sd3")  # those with CLIP
 
@@ -53,6 +55,9 @@ def encoded(name, pipe, captions):
         if mask_BL is None:
             mask_BL = torch.ones(tokens_BLD.shape[:2])
         return {"tokens": [tokens[mask.bool()] for tokens, mask in zip(tokens_BLD, mask_BL, strict=True)]}
+    elif name == "krea2":
+        tokens_BLSD, mask_BL = pipe.encode_prompt(captions, device="cpu")
+        return {"tokens": [tokens[mask] for tokens, mask in zip(tokens_BLSD, mask_BL, strict=True)]}
     elif name == "z_image":
         texts, _ = pipe.encode_prompt(captions, device="cpu", do_classifier_free_guidance=False)
         return {"tokens": texts}
@@ -71,6 +76,8 @@ def random_text(name, denoiser, length, *, generator=None):
     config = denoiser.config
     if name == "qwen_image":
         return {"tokens": torch.randn(1, length, config.joint_attention_dim, generator=generator)}
+    if name == "krea2":
+        return {"tokens": torch.randn(1, length, config.num_text_layers, config.text_hidden_dim, generator=generator)}
     if name == "z_image":
         filled = -(-length // 32) * 32
         tokens = torch.randn(1, filled, config.cap_feat_dim, generator=generator)

@@ -8,6 +8,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -238,4 +239,45 @@ def qwen_image_text():
 def qwen_image_scheduler():
     """As Qwen-Image ships it."""
     config = get_family("qwen_image").FACTS.models["qwen-image"].published.configs["scheduler/scheduler_config.json"]
+    return FlowMatchEulerDiscreteScheduler.from_config(config)
+
+
+def krea2_denoiser():
+    """Three blocks of width 32 with four heads, of which one has keys and values; two and one that fuse the text."""
+    torch.manual_seed(0)
+    model = Krea2Transformer2DModel(
+        in_channels=64,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        intermediate_size=80,
+        timestep_embed_dim=16,
+        text_hidden_dim=24,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=40,
+        num_layerwise_text_blocks=2,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 2, 2),
+    )
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.requires_grad_(False).eval()
+
+
+def krea2_vae():
+    """Qwen-Image's."""
+    return qwen_image_vae()
+
+
+def krea2_text():
+    """Captions of 7 and 11 tokens."""
+    torch.manual_seed(2)
+    return stack_texts([{"tokens": torch.randn(count, 12, 24)} for count in (7, 11)])
+
+
+def krea2_scheduler():
+    """As Krea 2 ships it."""
+    config = get_family("krea2").FACTS.models["krea2"].published.configs["scheduler/scheduler_config.json"]
     return FlowMatchEulerDiscreteScheduler.from_config(config)

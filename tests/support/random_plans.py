@@ -19,7 +19,7 @@ from typing import Any
 import diffusers
 from PIL import Image
 
-from bench.step import FLUX, FLUX2, QWEN_IMAGE, SD3, SDXL, Z_IMAGE, random_weights
+from bench.step import FLUX, FLUX2, KREA2, QWEN_IMAGE, SD3, SDXL, Z_IMAGE, random_weights
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.planning.plan import make_plan
 from entrypoint.settings.read import read_settings
@@ -35,6 +35,8 @@ from trainer.spec.optimizers import OPTIMIZERS
 from trainer.spec.plan import Plan, Prompt
 
 PICTURES = 3 * [(96, 64)] + 3 * [(64, 64)]  # two buckets; one picture is held out
+# Its text encoder is the miniature's, and so are the blocks that fuse its states.
+KREA2_FUSION = {"text_num_attention_heads": 2, "text_num_key_value_heads": 2, "text_intermediate_size": 96}
 WIDE: dict[str, dict[str, Any]] = {  # what the denoisers have in common with the published ones: all but their depth
     "flux": {**FLUX, "num_layers": 1, "num_single_layers": 3, "num_attention_heads": 24, "attention_head_dim": 128,
              "axes_dims_rope": (16, 56, 56)},
@@ -44,6 +46,7 @@ WIDE: dict[str, dict[str, Any]] = {  # what the denoisers have in common with th
              "projection_class_embeddings_input_dim": 6 * 256 + 64},
     "z_image": {**Z_IMAGE, "n_layers": 3, "n_refiner_layers": 1, "cap_feat_dim": 64},
     "qwen_image": {**QWEN_IMAGE, "num_layers": 2, "joint_attention_dim": 64},
+    "krea2": {**KREA2, "num_layers": 2, "intermediate_size": 2048, "text_hidden_dim": 32, **KREA2_FUSION},
 }  # fmt: skip
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 T5_LENGTH = 512  # tokens, as the published pipelines have them

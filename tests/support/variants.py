@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -44,6 +45,13 @@ _QWEN_IMAGE = {
     "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 60, "attention_head_dim": 128,
     "num_attention_heads": 24, "joint_attention_dim": 3584, "axes_dims_rope": (16, 56, 56),
 }  # fmt: skip
+_KREA2 = {
+    "in_channels": 64, "num_layers": 28, "attention_head_dim": 128, "num_attention_heads": 48,
+    "num_key_value_heads": 12, "intermediate_size": 16384, "timestep_embed_dim": 256, "text_hidden_dim": 2560,
+    "num_text_layers": 12, "text_num_attention_heads": 20, "text_num_key_value_heads": 20,
+    "text_intermediate_size": 6912, "num_layerwise_text_blocks": 2, "num_refiner_text_blocks": 2,
+    "axes_dims_rope": (32, 48, 48),
+}  # fmt: skip
 LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"}
 # BASE_MODEL → its family, and the architecture in its config.json.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -64,6 +72,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sdxl-base": ("sdxl", _SDXL),
     "z-image": ("z_image", _Z_IMAGE),
     "qwen-image": ("qwen_image", _QWEN_IMAGE),
+    "krea2": ("krea2", _KREA2),
 }
 CLASSES = {
     "flux": FluxTransformer2DModel,
@@ -72,6 +81,7 @@ CLASSES = {
     "sdxl": UNet2DConditionModel,
     "z_image": ZImageTransformer2DModel,
     "qwen_image": QwenImageTransformer2DModel,
+    "krea2": Krea2Transformer2DModel,
 }
 # Only the widths differ: numbers of layers, classes of blocks, norms and conditions are the published ones.
 NARROW = {
@@ -94,6 +104,11 @@ NARROW = {
     "z_image": {"dim": 24, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 24, "axes_dims": [4, 4, 4]},
     "qwen_image": {
         "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 24, "axes_dims_rope": (2, 2, 4),
+    },
+    "krea2": {
+        "attention_head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 80,
+        "timestep_embed_dim": 16, "text_hidden_dim": 24, "text_num_attention_heads": 2,
+        "text_num_key_value_heads": 2, "text_intermediate_size": 40, "axes_dims_rope": (4, 2, 2),
     },
 }  # fmt: skip
 

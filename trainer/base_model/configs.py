@@ -146,7 +146,10 @@ def _check_index(index: Mapping[str, Any], facts: Facts, unused: Collection[str]
     if name is not None and name not in facts.pipelines:
         raise ValueError(f"says _class_name={show(name)}; {facts.name} has {some(facts.pipelines)}")
     for key, value in index.items():
-        if isinstance(value, list):
+        rule = facts.index_rules.get(key)
+        if rule is not None and not rule.fits(value):
+            raise ValueError(f"says {key}={show(value)}; allowed is {rule.text}")
+        if rule is None and isinstance(value, list):
             _check_component(key, value, facts.kinds.get(key))
     for part in facts.parts.values():
         if part in unused:

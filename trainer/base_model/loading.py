@@ -35,7 +35,7 @@ CONSTRUCTION_ERRORS = (
 WEIGHT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 TIED_SLACK = 1.01  # weights that share their numbers count once in a model, and may count twice in its files
 # The language model inside one that also reads images: its names by newer versions of transformers → by older ones.
-INNER_MODEL = {r"^model\.language_model\.": "model."}
+INNER_MODEL = {r"^(model\.)?language_model\.": "model."}
 FIX = "Fix: download the model's folder again, or take another model"
 
 
@@ -95,16 +95,17 @@ def load_model(kind: ConfigKind, folder: Path, *, device: str | None, dtype: tor
     model_class = _class(kind)
     if kind.library == "transformers":
         own_config = model_class.config_class(**config)
-        model = model_class.from_pretrained(
-            folder,
-            config=own_config,
-            dtype=dtype,
-            use_safetensors=True,
-            device_map=device,
-            local_files_only=True,
-            trust_remote_code=False,
-            key_mapping=INNER_MODEL if kind.whole_type else None,
-        )
+        with _without_report():
+            model = model_class.from_pretrained(
+                folder,
+                config=own_config,
+                dtype=dtype,
+                use_safetensors=True,
+                device_map=device,
+                local_files_only=True,
+                trust_remote_code=False,
+                key_mapping=INNER_MODEL if kind.whole_type else None,
+            )
     else:
         model = model_class.from_pretrained(
             folder,
@@ -115,6 +116,19 @@ def load_model(kind: ConfigKind, folder: Path, *, device: str | None, dtype: tor
             local_files_only=True,
         )
     return model.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Inside, transformers prints no table of the weights that a file has besides: `_check_fit` has looked."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def load_whole(

@@ -3,7 +3,7 @@
 CACHE_PATH/weights/KEY holds one converted part; CACHE_PATH/models/KEY is a whole model of links to parts. Both keys
 are digests of everything that decides the content, so jobs share them and nothing in them is ever out of date.
 
-A part is a key of `Family.FACTS.parts`: denoiser, vae, clip_l, clip_g, t5, qwen3, qwen2_5_vl.
+A part is a key of `Family.FACTS.parts`: denoiser, vae, clip_l, clip_g, t5, qwen3, qwen2_5_vl, qwen3_vl.
 """
 
 from __future__ import annotations

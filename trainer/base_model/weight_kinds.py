@@ -11,11 +11,15 @@ from trainer.spec.family import PREFIXES, Facts, Lookalike, Published, base_mode
 from trainer.storage.safetensors_header import Entry, Header
 
 Entries = Mapping[str, Entry]
-LANGUAGE_MODELS = ("qwen3", "qwen2_5_vl")  # text encoders that one variable names: a base model has one at most
+LANGUAGE_MODELS = (
+    "qwen3",
+    "qwen2_5_vl",
+    "qwen3_vl",
+)  # text encoders that one variable names: a base model has one at most
 VARIABLES = {"denoiser": "MODEL_PATH", "vae": "VAE_PATH", "clip_l": "CLIP_L_PATH", "clip_g": "CLIP_G_PATH"}
 VARIABLES |= {"t5": "T5_PATH"} | dict.fromkeys(LANGUAGE_MODELS, "TEXT_ENCODER_PATH")
 PART_NAMES = {"denoiser": "the denoiser", "vae": "a VAE", "clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
-PART_NAMES |= {"qwen3": "Qwen3", "qwen2_5_vl": "Qwen2.5-VL"}
+PART_NAMES |= {"qwen3": "Qwen3", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
 CLIPS = ("clip_l", "clip_g")
 LARGE_LAYER = 2**16  # weights; a smaller tensor of integers may be a mark or a table of positions
 SCALES = (".scale_weight", ".weight_scale")  # of a layer in FP8
@@ -214,13 +218,20 @@ CLIP_LAYERS = (
     "encoder.layers.0.self_attn.q_proj.weight",
     "transformer.resblocks.0.attn.in_proj_weight",
 )
-# Before a language model's names: alone, with its output layer, and in a model that also reads images.
-LEVELS = ("", "model.", "model.language_model.")
+# Before a language model's names: alone, with its output layer, and in a model that also reads images, with that and
+# without.
+LEVELS = ("", "model.", "model.language_model.", "language_model.")
 QWEN3_LAYERS = tuple(f"{level}layers.0.self_attn.q_norm.weight" for level in LEVELS)
 QWEN2_5_VL_LAYERS = tuple(f"{level}layers.0.self_attn.q_proj.bias" for level in LEVELS)
+# Of what reads images in Qwen3-VL, whose language model has the same layers as Qwen3.
+QWEN3_VL_LAYERS = tuple(f"{level}visual.deepstack_merger_list.0.norm.weight" for level in ("", "model."))
 QWEN_TOKENS = tuple(f"{level}embed_tokens.weight" for level in LEVELS)
 VAE_LAYERS = ("decoder.conv_in.weight", "decoder.conv1.weight")  # the latter: of Wan, and so of Qwen-Image
-QWEN3_NAMES = {1024: "Qwen3-0.6B", 2048: "Qwen3-1.7B", 2560: "Qwen3-4B", 4096: "Qwen3-8B", 5120: "Qwen3-14B"}
+# Text encoder of several sizes → width → the size's name.
+SIZE_NAMES = {
+    "qwen3": {1024: "Qwen3-0.6B", 2048: "Qwen3-1.7B", 2560: "Qwen3-4B", 4096: "Qwen3-8B", 5120: "Qwen3-14B"},
+    "qwen3_vl": {2048: "Qwen3-VL-2B", 2560: "Qwen3-VL-4B", 4096: "Qwen3-VL-8B", 5120: "Qwen3-VL-32B"},
+}
 T5_LAYER = "encoder.block.0.layer.0.SelfAttention.q.weight"
 T5_TOKENS = ("shared.weight", "encoder.embed_tokens.weight")
 CLIP_L_WIDTH = 768
@@ -232,7 +243,7 @@ def part_of(entries: Entries) -> str | None:
     if T5_LAYER in entries:
         return "t5"
     if any(name in entries for name in QWEN3_LAYERS):
-        return "qwen3"
+        return "qwen3_vl" if any(name in entries for name in QWEN3_VL_LAYERS) else "qwen3"
     if any(name in entries for name in QWEN2_5_VL_LAYERS):
         return "qwen2_5_vl"
     if any(name in entries for name in CLIP_LAYERS):
@@ -272,6 +283,8 @@ def part_problem(
         return f"is not {PART_NAMES[part]}: it has none of its layers"
     same = actual == part or (actual in CLIPS and part in CLIPS and published is None)
     if not same:
+        if VARIABLES[actual] == VARIABLES[part]:
+            return f"is {PART_NAMES[actual]}, not {PART_NAMES[part]}. Fix: the file of {PART_NAMES[part]}"
         return f"is {PART_NAMES[actual]}, not {PART_NAMES[part]}. Fix: {_naming(actual, names)}this file"
     if published is None:
         return None
@@ -307,10 +320,10 @@ def _size_problem(part: str, bare: Entries, config: Mapping[str, int]) -> str | 
 
 
 def _other_width(part: str, width: int, wanted: int) -> str:
-    """What a text encoder of another width is. Qwen3 has sizes with names."""
-    if part != "qwen3":
+    """What a text encoder of another width is."""
+    if part not in SIZE_NAMES:
         return f"is another {PART_NAMES[part]}, of width {width}; this base model's has {wanted}"
-    found, needed = QWEN3_NAMES.get(width, "a Qwen3"), QWEN3_NAMES.get(wanted, "a Qwen3")
+    found, needed = (SIZE_NAMES[part].get(each, f"a {PART_NAMES[part]}") for each in (width, wanted))
     return f"is {found}, of width {width}; this base model reads by {needed}, of width {wanted}. Fix: that one's file"
 
 

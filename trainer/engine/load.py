@@ -8,7 +8,7 @@ projections are fused and its weights quantised before the next one comes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +82,14 @@ def place_denoiser(
 
     streamer = WeightStreamer(device) if streamed else None
     outside = _modules_outside(denoiser, [*(block for _, block in blocks), *streamed])
-    for module in outside:
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            tensor.data = tensor.to(device, dtype if tensor.is_floating_point() else None)
+    in_fp32 = _modules_in_fp32(denoiser)
+    _bring(outside, device, dtype, in_fp32)
     weight_check.check_weights(_weights_of(denoiser, outside), folder)
     if training_adapter:
         training_adapter.merge((name, module) for name, module in denoiser.named_modules() if module in outside)
     del outside
     for name, block in blocks:
-        block.to(device, dtype)
+        _bring(block.modules(), device, dtype, in_fp32)
         # Before the weights are fused and quantised: they still have the names of the file.
         weight_check.check_weights(((f"{name}.{own}", weight) for own, weight in block.named_parameters()), folder)
         if training_adapter:
@@ -115,6 +114,25 @@ def place_denoiser(
     denoiser.to(device)
     _channels_last(denoiser, device)
     return streamer
+
+
+def _modules_in_fp32(denoiser: Any) -> set[torch.nn.Module]:
+    """The modules whose weights stay fp32 beside bf16 activations, as diffusers' class of the denoiser wants it.
+
+    None of them are replaced later. Krea 2's norms multiply by 1 + weight, which bf16 would round to three digits.
+    """
+    names = getattr(denoiser, "_keep_in_fp32_modules", None) or ()
+    return {module for path, module in denoiser.named_modules() if path.rpartition(".")[2] in names}
+
+
+def _bring(
+    modules: Iterable[torch.nn.Module], device: str, dtype: torch.dtype, in_fp32: Collection[torch.nn.Module]
+) -> None:
+    """Bring the own weights of `modules`, without those of modules inside them, to `device`, in `dtype` or in fp32."""
+    for module in modules:
+        own = torch.float32 if module in in_fp32 else dtype
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            tensor.data = tensor.to(device, own if tensor.is_floating_point() else None)
 
 
 def _modules_outside(denoiser: torch.nn.Module, parts: Sequence[torch.nn.Module]) -> set[torch.nn.Module]:

@@ -1,7 +1,7 @@
 """Model families, one module each; nothing imports them by name, `trainer.spec.family.get_family` looks them up.
 
 Imports `trainer.spec`, `trainer.base_model` and `trainer.engine`. Read `flux` first, then `flux2`, `sd3`, `sdxl`,
-`z_image` and `qwen_image`. `common` has the parts that several families share, `qwen_vae` a VAE that some do,
+`z_image`, `qwen_image` and `krea2`. `common` has the parts that several families share, `qwen_vae` a VAE that some do,
 `published/` the configs of their published models, `fused_blocks/` the FP8 forward passes of their blocks,
 `miniatures/` small trained models.
 

@@ -67,7 +67,6 @@ OTHER_MODELS = (
     ("HiDream", r"(double|single)_stream_blocks"),
     ("HunyuanVideo", r"double_blocks_\d+_(img|txt)_attn_(qkv_proj|q_proj)|individual_token_refiner|txt_in_c_embedder"),
     ("Lumina", r"(^|_)(layers|noise_refiner|context_refiner)_\d+_(attn_to|norm[12]_linear)|time_caption_embed"),
-    ("Krea 2", r"txtfusion|blocks_\d+_attn_w[qkvo](_|$)"),
     ("Wan", r"blocks_\d+_(self|cross)_attn_[qkvo](_|$)|blocks_\d+_ffn_[02]"),
     ("Anima or Cosmos", r"blocks_\d+_(self|cross)_attn_\w+_proj|llm_adapter"),
     ("AuraFlow", r"joint_transformer_blocks|double_layers_\d+"),

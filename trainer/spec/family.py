@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trainer.spec.plan import Prompt
-    from trainer.spec.rules.config_rules import ConfigKind
+    from trainer.spec.rules.config_rules import ConfigKind, Rules
 
 PACKAGE = "trainer.families"
 FOLDER = Path(__file__).resolve().parents[1] / "families"
@@ -34,6 +34,7 @@ PREFIXES = {
     "t5": ("text_encoders.t5xxl.transformer.",),
     "qwen3": ("text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_8b.transformer."),
     "qwen2_5_vl": ("text_encoders.qwen25_7b.transformer.",),
+    "qwen3_vl": ("text_encoders.qwen3vl_4b.transformer.", "text_encoders.qwen3vl_8b.transformer."),
 }
 CLIP_TOKENS = 77  # that a CLIP text encoder reads at once, with those of begin and end
 OPTIONAL = "optional:"  # begins a pattern of files whose folder may be missing
@@ -74,6 +75,8 @@ class Footprint:
     hidden_size: int  # the shorter side of most linear layers in the blocks
     capture_gib: float = 2.5  # GiB that CUDA graphs take besides, where the step recomputes
     graph_gib: float = 0.025  # GiB of the driver for each captured graph (`python -m bench shapes`)
+    # Numbers that the cache has of a caption of usual length; 0: `text_tokens` times as many as T5-XXL gives a token.
+    caption_values: int = 0
     unfused_factor: float = 1.45  # saved_gib["none"] is this times as large without the norms and GELUs fused for FP8
     # Batch size → steps measured on an H200 in FP8, captured, with torch's own attention, from which the time of a step
     # elsewhere is predicted (entrypoint.planning.step_time). Empty: nothing was measured.
@@ -145,6 +148,7 @@ class BaseModel:
     aliases: tuple[str, ...] = ()  # further names that people write for it; `source` is one without being listed
     published: Published | None = None  # its configs, for jobs whose weights are local files; None: a miniature
     licence: Licence | None = None  # None: a miniature, which is a part of this program
+    distilled: bool = False  # to few steps, so that files whose names or indexes say so may be its own
     caution: str = ""  # why its own weights are no good start for training, with the fix; for a warning of the plan
 
     @property
@@ -192,6 +196,8 @@ class Facts:
     # it from a base model.
     name_cautions: dict[str, str] = field(default_factory=dict)
     hub_tags: tuple[str, ...] = ()  # of a model card on the Hub, by which people find LoRAs of this family
+    # What model_index.json may say besides its parts: values that this family's pipeline is made with.
+    index_rules: Rules = field(default_factory=dict)
     attention_backends: bool = True  # False: it calls torch's attention, whichever backend diffusers is set to
 
 

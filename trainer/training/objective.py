@@ -38,6 +38,7 @@ class ShiftLine(NamedTuple):
 
 # As the models' own schedules are shifted: diffusers' `calculate_shift`, with the numbers of the schedulers' configs.
 SHIFT_LINES = {"flux_shift": ShiftLine(256, 0.5, 4096, 1.15), "qwen_shift": ShiftLine(256, 0.5, 8192, 0.9)}
+SHIFT_LINES |= {"krea2_shift": ShiftLine(256, 0.5, 6400, 1.15)}
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class FlowMatching:
         """`count` times in (0, 1). `tokens`: of one image after 2×2 patches; used by SHIFT_LINES only.
 
         uniform; sigmoid and logit_normal: sigmoid of a standard normal; shift: that, moved towards noise by
-        s·t / (1 + (s - 1)·t); flux_shift, qwen_shift: the same with an s that grows with the image.
+        s·t / (1 + (s - 1)·t); flux_shift, qwen_shift, krea2_shift: the same with an s that grows with the image.
         """
         device = generator.device
         if self.sampling == "uniform":

@@ -77,6 +77,28 @@ def test_distilled_weights_under_the_bases_name_are_warned_of(name, distilled):
     assert "distilled" not in warnings(on=LARGE_GPU, BASE_MODEL="z-image", MODEL_PATH=name)
 
 
+@pytest.mark.parametrize(
+    ("base", "path", "distilled"),
+    [
+        ("krea2", "krea/Krea-2-Turbo", True),
+        ("krea2", "someone/krea2_turbo_fp8_scaled", True),
+        ("krea2", "someone/krea-2-finetune", False),
+        ("krea2-turbo", "someone/krea2_turbo_bf16", False),
+    ],
+)
+def test_turbo_under_raws_name_is_warned_of_and_under_its_own_is_not(base, path, distilled):
+    found = warnings(on=LARGE_GPU, BASE_MODEL=base, MODEL_PATH=path)
+    assert (f"MODEL_PATH={path} is distilled to few steps" in found) == distilled
+    assert ("Fix: the weights of krea/Krea-2-Raw" in found) == distilled
+
+
+def test_krea_2_turbos_own_weights_are_warned_of_unless_an_adapter_holds_its_distillation():
+    alone = warnings(on=LARGE_GPU, BASE_MODEL="krea2-turbo")
+    assert "BASE_MODEL=krea2-turbo is distilled to few steps" in alone and "Fix: BASE_MODEL=krea2, whose" in alone
+    named = re.search(r"PARAMS_TRAINING_ADAPTER=(\S+\.safetensors),", alone)
+    assert named and warnings(on=LARGE_GPU, BASE_MODEL="krea2-turbo", PARAMS_TRAINING_ADAPTER=named[1]) == ""
+
+
 @pytest.mark.parametrize("distilled", [True, False])
 def test_a_folder_says_itself_whether_it_is_distilled(tmp_path, distilled):
     folder = tmp_path / "flux-2-klein-4b"

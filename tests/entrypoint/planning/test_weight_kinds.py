@@ -113,6 +113,8 @@ def test_a_file_that_is_no_base_model_is_said_to_be_what_it_is(refusal, tmp_path
         ("flux2-klein-4b", "flux-dev", "BASE_MODEL=flux"),
         ("flux2-klein-4b", "flux2-klein-9b", "BASE_MODEL=flux2-klein-9b"),
         ("flux2-klein-9b", "flux2-klein-4b", "BASE_MODEL=flux2-klein-4b"),
+        ("flux-dev", "krea2", "BASE_MODEL=krea2"),
+        ("krea2", "flux-dev", "BASE_MODEL=flux"),
     ],
 )
 def test_a_file_of_another_base_model_names_that_one(refusal, tmp_path, asked, actual, fix):

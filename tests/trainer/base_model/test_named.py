@@ -151,7 +151,7 @@ def test_a_part_of_its_own_takes_the_place_of_the_models(tmp_path):
         (["--base", "mini-flux", "--vae", "{t5}"], "is T5, not a VAE. Fix: --t5 this file"),
         (
             ["--base", "{vae}"],
-            "has no denoiser of flux, flux2, qwen_image, sd3, sdxl, z_image. It is a VAE: --vae {vae}",
+            "has no denoiser of flux, flux2, krea2, qwen_image, sd3, sdxl, z_image. It is a VAE: --vae {vae}",
         ),
         (["--base", "{base}", "--config", "{tmp}/none"], "is neither a folder nor one of "),
         (["--base", "{base}", "--config", "sdxl"], "is neither a folder nor one of "),

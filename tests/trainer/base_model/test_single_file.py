@@ -19,6 +19,7 @@ from bench.original_names import (
     checkpoint,
     flux2_files,
     flux_files,
+    krea2_files,
     miniature,
     original,
     qwen_image_files,
@@ -37,7 +38,8 @@ from trainer.spec.plan import TrainPlan
 from trainer.storage.safetensors_header import OUTLINE
 from trainer.training.objective import make_objective
 
-FAMILIES = ("flux", "flux2", "sdxl", "sd3", "z_image", "qwen_image")
+FAMILIES = ("flux", "flux2", "sdxl", "sd3", "z_image", "qwen_image", "krea2")
+LANGUAGE_MODELS = ("qwen2_5_vl", "qwen3_vl")  # of models that also read images, which files hold as a whole
 
 
 # ---- through the product
@@ -99,6 +101,66 @@ def test_a_file_of_which_only_the_header_came_is_never_read_as_zeros(tmp_path):
     save_file(load_file(files["VAE_PATH"]), files["VAE_PATH"], {OUTLINE: "not downloaded yet"})
     with pytest.raises(SettingsError, match=r"ae.safetensors.*it was never downloaded"):
         model_folder(tmp_path, "flux", **files)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_krea_2_as_three_files(tmp_path, dtype):
+    """The denoiser under its own names, six modulations as one vector; of the text encoder, the language model."""
+    folder = model_folder(tmp_path, "krea2", **krea2_files(tmp_path, dtype))
+    equal(folder, "krea2", ("vae",))
+    got, want = weights(folder / "transformer"), weights(miniature("krea2") / "transformer")
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[k], want[k].to(dtype)) for k in want)
+    whole = weights(miniature("krea2") / "text_encoder")
+    texts = {k.removeprefix("language_model."): v for k, v in whole.items() if k.startswith("language_model.")}
+    read = weights(folder / "text_encoder")
+    assert read.keys() == texts.keys() and all(torch.equal(read[k], texts[k]) for k in texts)
+
+
+def test_krea_2s_scaled_fp8_files_and_text_encoders_that_are_not_its_own(tmp_path):
+    """ComfyUI's newer names: a scale for each layer, and what the layer is quantised as, in JSON."""
+    files = krea2_files(tmp_path, torch.bfloat16)
+    scales = {}
+    for variable in ("MODEL_PATH", "TEXT_ENCODER_PATH"):
+        state = load_file(files[variable])
+        small = {}
+        for key, tensor in state.items():
+            is_layer = key.endswith(("wq.weight", "wk.weight", "mlp.up.weight", "proj.weight")) and tensor.ndim == 2
+            if not is_layer or "visual" in key:
+                small[key] = tensor
+                continue
+            factor = tensor.float().abs().max() / 448
+            small[key] = (tensor.float() / factor).to(torch.float8_e4m3fn)
+            layer = key.removesuffix(".weight")
+            kind = torch.tensor([*b'{"format": "float8_e4m3fn"}'], dtype=torch.uint8)
+            small |= {f"{layer}.weight_scale": factor, f"{layer}.comfy_quant": kind}
+            scales[key.removeprefix("model.")] = small[key].float() * factor
+        save_file(small, files[variable])
+    folder = model_folder(tmp_path, "krea2", **files)
+    read = weights(folder / "text_encoder")
+    ours = {"wq": "to_q", "wk": "to_k", "mlp.up": "ff.up", "txtfusion": "text_fusion"}
+    for name, tensor in weights(folder / "transformer").items():
+        theirs = name.replace("transformer_blocks.", "blocks.")
+        for original_name, name_here in ours.items():
+            theirs = theirs.replace(name_here, original_name)
+        read[theirs] = tensor
+    assert len(scales) > 200
+    for key, expected in scales.items():
+        assert torch.equal(read[key], expected.bfloat16()), key
+
+    (tmp_path / "z").mkdir()
+    others = z_image_files(tmp_path / "z", torch.float16)
+    asked = {"BASE_MODEL": "krea2", "TEXT_ENCODER_PATH": others["TEXT_ENCODER_PATH"]}
+    with pytest.raises(SettingsError, match=r"is Qwen3, not Qwen3-VL\. Fix: the file of Qwen3-VL"):
+        model_folder(tmp_path, "krea2", **asked)
+    with pytest.raises(SettingsError, match=r"is Qwen3-VL, not Qwen3\. Fix: the file of Qwen3"):
+        model_folder(tmp_path, "z_image", BASE_MODEL="z-image", TEXT_ENCODER_PATH=files["TEXT_ENCODER_PATH"])
+    wide = {k: torch.zeros(4096, 4096, dtype=torch.float16) for k in ("model.embed_tokens.weight",)}
+    wide |= {"model.layers.0.self_attn.q_norm.weight": torch.ones(128)}
+    wide |= {"model.visual.deepstack_merger_list.0.norm.weight": torch.ones(8)}
+    save_file(wide, tmp_path / "wide.safetensors")
+    with pytest.raises(SettingsError, match=r"is Qwen3-VL-8B, of width 4096; this base model reads by Qwen3-VL-4B"):
+        model_folder(tmp_path, "krea2", BASE_MODEL="krea2", TEXT_ENCODER_PATH=str(tmp_path / "wide.safetensors"))
 
 
 def test_scaled_fp8_of_the_denoiser_and_of_the_language_model(tmp_path):
@@ -189,14 +251,14 @@ def test_fp8_becomes_bf16_with_its_scales(tmp_path):
         assert torch.equal(got[key].float(), (tensor.float() / factor).to(torch.float8_e4m3fn).float() * factor), key
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "z_image", "flux2", "qwen_image"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "z_image", "flux2", "qwen_image", "krea2"])
 def test_a_whole_checkpoint_as_one_file(tmp_path, name):
     save_file(checkpoint(name), tmp_path / "all.safetensors")
     bare = tmp_path / "bare"  # what remains is small: nothing but the file has weights
     shutil.copytree(miniature(name), bare, ignore=shutil.ignore_patterns("*.safetensors"))
     folder = model_folder(tmp_path, name, MODEL_PATH=str(tmp_path / "all.safetensors"), MODEL_CONFIG_PATH=str(bare))
-    # Of Qwen2.5-VL's tensors, those of the language model are taken: below, it gives the same texts.
-    equal(folder, name, tuple(part for part in get_family(name).FACTS.parts if part != "qwen2_5_vl"))
+    # Of models that also read images, the language model is taken: below, it gives the same texts.
+    equal(folder, name, tuple(part for part in get_family(name).FACTS.parts if part not in LANGUAGE_MODELS))
     kind = get_family(name)
     same = [kind.load_denoiser(f, device="cpu", dtype=torch.float32) for f in (folder, miniature(name))]
     pairs = zip(same[0].named_parameters(), same[1].named_parameters(), strict=True)

@@ -17,6 +17,7 @@ from bench.original_names import (
     flux2_files,
     flux_files,
     hugging_face,
+    krea2_files,
     miniature,
     original,
     qwen_image_files,
@@ -36,7 +37,7 @@ from trainer.lora_files import convert, peft_bridge
 from trainer.sample import apply_loras
 from trainer.spec.family import get_family
 
-FAMILIES = ("flux", "flux2", "sdxl", "sd3", "z_image", "qwen_image")
+FAMILIES = ("flux", "flux2", "sdxl", "sd3", "z_image", "qwen_image", "krea2")
 PARTS = {"vae": "VAE_PATH", "clip_l": "CLIP_L_PATH", "clip_g": "CLIP_G_PATH", "t5": "T5_PATH"}
 
 
@@ -58,6 +59,8 @@ def a_file_for_each_part(name, folder):
         return z_image_files(folder, torch.bfloat16)
     if name == "qwen_image":
         return qwen_image_files(folder, torch.bfloat16)
+    if name == "krea2":
+        return krea2_files(folder, torch.bfloat16)
     save_file(under("model.diffusion_model.", original(name)), folder / "denoiser.safetensors")
     asked = {"MODEL_PATH": str(folder / "denoiser.safetensors")}
     for part, place in get_family(name).FACTS.parts.items():
@@ -169,8 +172,9 @@ def test_every_layout_with_every_format(name, layout, to, read_once, tmp_path):
         if (part, name) == ("clip_l", "sd3"):  # whose projection is another from a file
             continue
         got, want = weights(folder / place), weights(miniature(name) / place)
-        if part == "qwen2_5_vl" and "norm.weight" in got:  # the language model alone is taken from a file
-            want = {key.removeprefix("model."): value for key, value in want.items() if key.startswith("model.")}
+        inner = {"qwen2_5_vl": "model.", "qwen3_vl": "language_model."}.get(part, "")
+        if inner and "norm.weight" in got:  # the language model alone is taken from a file
+            want = {key.removeprefix(inner): value for key, value in want.items() if key.startswith(inner)}
         assert got.keys() == want.keys(), part
         allowed = 0.07 if "fp8" in layout else 0.01 if "bf16" in layout or "part" in layout else 1e-3
         for key in want:
@@ -202,11 +206,12 @@ def test_every_published_variant_with_every_format(base, to, tmp_path):
 # Sizes of a denoiser that its text encoders decide.
 OF_TEXT = (
     *("joint_attention_dim", "pooled_projection_dim", "cross_attention_dim", "addition_time_embed_dim"),
-    *("projection_class_embeddings_input_dim", "cap_feat_dim"),
+    *("projection_class_embeddings_input_dim", "cap_feat_dim", "text_hidden_dim"),
 )
 # Layers with adapters in a published model, counted by hand. Flux: 12 in a double block, 5 in a single one. SD3: 12 in
 # a block, 3 less in the last, 4 more with a second attention. SDXL: 10 in each of 70 blocks, 2 in each of 11
 # transformers. Z-Image: 7 in a block. Qwen-Image: 12 in a block. FLUX.2: 12 in a double block, 2 in a single one.
+# Krea 2: 8 in each of 28 blocks, and in each of 4 that fuse the text.
 MODULES = {
     **dict.fromkeys(("flux-dev", "flux-krea", "flux-schnell"), 19 * 12 + 38 * 5),
     "flux2-klein-4b": 5 * 12 + 20 * 2,
@@ -217,6 +222,7 @@ MODULES = {
     "sdxl-base": 70 * 10 + 11 * 2,
     "z-image": 30 * 7,
     "qwen-image": 60 * 12,
+    "krea2": 32 * 8,
 }
 
 

@@ -52,6 +52,7 @@ CASES = {
     "sdxl": Case(4, (8, 12), 0.13025, 0.0, cfg=5.0, denoiser="unet", more={"add_watermarker": False}),
     "z_image": Case(16, (6, 10), 0.3611, 0.1159, cfg=4.0, encoders=1),
     "qwen_image": Case(16, (6, 10), cfg=4.0, encoders=1),
+    "krea2": Case(16, (6, 10), cfg=4.0, encoders=1),
 }
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}  # as SDXL ships
 every_family = pytest.mark.parametrize("name", CASES)
@@ -84,6 +85,8 @@ def scheduler_of(name, prediction="epsilon"):
         return FlowMatchEulerDiscreteScheduler(shift=3.0)
     if name == "qwen_image":
         return models.qwen_image_scheduler()
+    if name == "krea2":
+        return models.krea2_scheduler()
     if name == "z_image":
         return FlowMatchEulerDiscreteScheduler(shift=6.0)
     return EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading", prediction_type=prediction)
@@ -144,6 +147,8 @@ def packed(name, latents_BCHW):
         return QwenImagePipeline._pack_latents(latents_BCHW, *latents_BCHW.shape)
     if name == "flux2":
         return Flux2KleinPipeline._patchify_latents(latents_BCHW)
+    if name == "krea2":
+        return pipeline_of(name, None)._pack_latents(latents_BCHW, *latents_BCHW.shape)
     return latents_BCHW
 
 
@@ -180,9 +185,10 @@ def prompt_arguments(name, text, nothing):
     if name == "flux2":
         negative = {"negative_prompt_embeds": nothing["tokens"]}
         return {"prompt_embeds": text["tokens"], **negative, "guidance_scale": case.cfg}
-    if name == "qwen_image":
+    if name in ("qwen_image", "krea2"):
         masks = [~t["padding"] for t in (text, nothing)]
-        found = {"prompt_embeds": text["tokens"], "prompt_embeds_mask": masks[0], "true_cfg_scale": case.cfg}
+        scale = {"true_cfg_scale": case.cfg} if name == "qwen_image" else {"guidance_scale": case.cfg - 1}
+        found = {"prompt_embeds": text["tokens"], "prompt_embeds_mask": masks[0], **scale}
         return {**found, "negative_prompt_embeds": nothing["tokens"], "negative_prompt_embeds_mask": masks[1]}
     found = {"prompt_embeds": text["tokens"], "pooled_prompt_embeds": text["pooled"]}
     if name == "flux":
@@ -195,7 +201,7 @@ def prompt_arguments(name, text, nothing):
     ("name", "prediction"),
     [
         *(("flux", None), ("flux2", None), ("sd3", None), ("sdxl", "epsilon"), ("sdxl", "v_prediction")),
-        *(("z_image", None), ("qwen_image", None)),
+        *(("z_image", None), ("qwen_image", None), ("krea2", None)),
     ],
 )
 def test_euler_steps_with_predict_are_those_of_the_pipeline(name, prediction, text):
@@ -228,7 +234,7 @@ def test_euler_steps_with_predict_are_those_of_the_pipeline(name, prediction, te
     ("name", "negative"),
     [
         *(("flux", ""), ("flux2", ""), ("sd3", "blue"), ("sdxl", ""), ("sdxl", "a blue ring"), ("z_image", "blue")),
-        *(("qwen_image", ""), ("qwen_image", "a blue ring")),
+        *(("qwen_image", ""), ("qwen_image", "a blue ring"), ("krea2", ""), ("krea2", "a blue ring")),
     ],
 )
 def test_samples_are_those_of_the_whole_pipeline(name, negative, capfd):
@@ -252,7 +258,7 @@ def test_samples_are_those_of_the_whole_pipeline(name, negative, capfd):
     ).images[0]
     encoders = kind.load_encoders(folder(name), device="cpu", dtype=torch.float32)
     texts = [{k: v[None] for k, v in t.items()} for t in kind.encode_text(encoders, ["a red spot", negative])]
-    guidance, cfg = (2.5, 1.0) if plain else (1.0, 4.0 + (name == "z_image"))
+    guidance, cfg = (2.5, 1.0) if plain else (1.0, 4.0 + (name in ("z_image", "krea2")))
     denoiser = kind.load_denoiser(folder(name), device="cpu", dtype=torch.float32)
     vae = kind.load_vae(folder(name), device="cpu")
     capfd.readouterr()
@@ -284,7 +290,7 @@ def test_latents_are_what_the_pipeline_decodes(name):
         with torch.no_grad():
             torch.testing.assert_close(returned(name, mean_BCHW), vae.encode(pixels_BCHW).latent_dist.mean)
         return
-    if name == "qwen_image":  # one frame, and statistics of each channel
+    if name in ("qwen_image", "krea2"):  # one frame, and statistics of each channel
         with torch.no_grad():
             spread = vae.encode(pixels_BCHW.unsqueeze(2)).latent_dist
         usual_mean, usual_std = torch.tensor([vae.config.latents_mean, vae.config.latents_std])[..., None, None]

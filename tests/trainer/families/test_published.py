@@ -30,9 +30,12 @@ DENOISERS = {
     "flux2-klein-9b": 9_078_581_248,
     "qwen-image": 20_430_401_088,
     "qwen-image-2512": 20_430_401_088,
+    "krea2": 12_820_073_036,
+    "krea2-turbo": 12_820_073_036,
 }
 OTHERS = {"vae": (83_819_683, 83_653_863, 84_046_115, 126_892_531), "clip_l": (123_060_480, 123_650_304)}
 OTHERS |= {"clip_g": (694_659_840,), "t5": (4_762_310_656,), "qwen3": (4_022_468_096, 7_568_405_504)}
+OTHERS |= {"qwen3_vl": OTHERS["qwen3"][:1]}  # of Qwen3-VL-4B, its language model
 # Of Qwen2.5-VL-7B's 8,292,166,656 without what reads images and without the output layer.
 OTHERS |= {"qwen2_5_vl": (8_292_166_656 - 676_550_144 - 3584 * 152064,)}
 
@@ -75,7 +78,7 @@ def test_schedules_are_the_published_ones():
     ("family", "base"),
     [
         *(("flux", "flux-dev"), ("flux2", "flux2-klein-4b"), ("sdxl", "sdxl"), ("sd3", "sd3")),
-        *(("z_image", "z-image"), ("qwen_image", "qwen-image")),
+        *(("z_image", "z-image"), ("qwen_image", "qwen-image"), ("krea2", "krea2")),
     ],
 )
 def test_they_agree_with_the_configs_that_the_benchmarks_measure(family, base):

@@ -192,6 +192,11 @@ LORA = "lora_unet_double_blocks_0_img_attn_proj"
         ),
         (
             "flux",
+            ["lora_unet_blocks_0_attn_wq.lora_down.weight"],
+            "it looks like a LoRA for krea2, and flux is needed",
+        ),
+        (
+            "flux",
             ["diffusion_model.layers.0.attention.to_q.lora_A.weight"],
             "it looks like a LoRA for z_image, and flux is needed",
         ),

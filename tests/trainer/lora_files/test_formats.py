@@ -19,7 +19,7 @@ from trainer.spec.family import get_family
 from trainer.spec.weight_formats import SAVE_PRECISIONS
 from trainer.storage import safetensors_header
 
-FAMILIES = ("flux", "flux2", "sdxl", "sd3", "z_image", "qwen_image")
+FAMILIES = ("flux", "flux2", "sdxl", "sd3", "z_image", "qwen_image", "krea2")
 CLIP = "text_encoder.text_model.encoder.layers.0"
 
 
@@ -82,7 +82,7 @@ def assert_equal(got, expected, *, tolerance=1e-6):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_layer_of_every_family_survives_every_format(model, tmp_path, name, to):
     modules = random_modules(model(name), name)
-    if name not in ("flux2", "z_image", "qwen_image"):  # which have no CLIP
+    if name not in ("flux2", "z_image", "qwen_image", "krea2"):  # which have no CLIP
         modules[f"{CLIP}.mlp.fc1"] = LoraWeights(torch.randn(2, 8), torch.randn(12, 2), 0.5)
     assert len(modules) > 35
     save_file(convert.to_file(modules, to, name).tensors, tmp_path / "x.safetensors")

@@ -189,6 +189,7 @@ def test_an_export_has_the_type_of_the_file_unless_another_is_asked_for(flux_den
         ("flux2-klein-4b", True),
         ("flux2-klein-9b", False),
         ("qwen-image", False),
+        ("krea2", False),
     ],
 )
 def test_the_planner_knows_the_size_of_a_file(base, split):

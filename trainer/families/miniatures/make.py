@@ -40,9 +40,10 @@ SHEET = (
     ("a big white triangle in the middle on a black background", 128, 128),
 )
 TOKENIZERS = {"flux": ("clip", "t5"), "sdxl": ("clip", "clip!"), "sd3": ("clip", "clip!", "t5"), "z_image": ("qwen",)}
-TOKENIZERS |= {"flux2": ("qwen!",), "qwen_image": ("qwen, described",)}
+TOKENIZERS |= {"flux2": ("qwen!",), "qwen_image": ("qwen, described",), "krea2": ("qwen, described",)}
 GUIDANCE = {"flux": 3.5, "sdxl": 5.0, "sd3": 4.0, "z_image": 3.0, "flux2": 3.0, "qwen_image": 3.0}
-STEPS = {"flux": 20, "sdxl": 30, "sd3": 28, "z_image": 28, "flux2": 28, "qwen_image": 28}
+GUIDANCE["krea2"] = 2.0  # counted from 0
+STEPS = {"flux": 20, "sdxl": 30, "sd3": 28, "z_image": 28, "flux2": 28, "qwen_image": 28, "krea2": 28}
 CONCEPT_GROUNDS = (
     ("plain", "blue", "black"),
     ("plain", "green", "black"),
@@ -206,7 +207,7 @@ def make_sheet(folder: Path, path: Path, *, device: torch.device, seed: int = 0)
     scale = {"true_cfg_scale" if name == "qwen_image" else "guidance_scale": GUIDANCE[name]}
     if name == "flux2":
         extra = {"max_sequence_length": DEEP_QWEN_LENGTH}
-    if name == "qwen_image":
+    if name in ("qwen_image", "krea2"):
         extra = {"negative_prompt": ""}
     for height, width in dict.fromkeys((height, width) for _, height, width in SHEET):
         cells = [cell for cell in range(24) if SHEET[cell // 2][1:] == (height, width)]

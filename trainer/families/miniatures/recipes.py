@@ -27,8 +27,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from trainer.families import flux2 as flux2_family
+from trainer.families import krea2 as krea2_family
 from trainer.families import qwen_image as qwen_image_family
 from trainer.families import z_image as z_image_family
+from trainer.families.miniatures import krea as krea_parts
 from trainer.families.miniatures import models
 from trainer.families.miniatures import qwen as qwen_parts
 from trainer.families.miniatures.tokens import QWEN_LENGTH
@@ -286,6 +288,34 @@ def qwen_image(tokenizers: Tokenizers) -> Recipe:
     return Recipe(channels, {"text_encoder": qwen, "transformer": net}, loss, pipeline, of_videos=True)
 
 
+def krea2(tokenizers: Tokenizers) -> Recipe:
+    """Krea 2: twelve hidden states of Qwen3-VL for each token, flow matching."""
+    (words,) = tokenizers
+    qwen = krea_parts.text_encoder(words)
+    net = krea_parts.transformer()
+
+    def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
+        t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
+        noise = torch.randn_like(latents_BCHW)
+        real_BL = ids[0] != words.pad_token_id
+        read = qwen.language_model(input_ids=ids[0], attention_mask=real_BL, output_hidden_states=True)
+        states = torch.stack([read.hidden_states[number] for number in krea2_family.TAPS], dim=2)
+        dropped = qwen_image_family.DROPPED_TOKENS
+        predicted = krea2_family.predict(
+            net,
+            torch.lerp(latents_BCHW, noise, t[:, None, None, None]),
+            t,
+            text={"tokens": states[:, dropped:], "padding": ~real_BL[:, dropped:]},
+        )
+        return F.mse_loss(predicted.float(), noise - latents_BCHW)
+
+    def pipeline(vae: Any) -> DiffusionPipeline:
+        return krea_parts.pipeline(vae, qwen, words, net)
+
+    channels = qwen_parts.LATENT_CHANNELS
+    return Recipe(channels, {"text_encoder": qwen, "transformer": net}, loss, pipeline, of_videos=True)
+
+
 RECIPES: dict[str, Callable[[Tokenizers], Recipe]] = {
     "flux": flux,
     "sdxl": sdxl,
@@ -293,4 +323,5 @@ RECIPES: dict[str, Callable[[Tokenizers], Recipe]] = {
     "z_image": z_image,
     "flux2": flux2,
     "qwen_image": qwen_image,
+    "krea2": krea2,
 }

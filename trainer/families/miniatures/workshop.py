@@ -28,7 +28,7 @@ from trainer.families.miniatures.recipes import RECIPES
 
 HOME = Path(__file__).parent
 VAES = ("vae16", "vae4", "vae_video")
-NEEDS = {"sdxl": "vae4", "qwen_image": "vae_video"}  # the others need vae16
+NEEDS = {"sdxl": "vae4", "qwen_image": "vae_video", "krea2": "vae_video"}  # the others need vae16
 LONGER = {"vae_video": 1.6}  # it starts from nothing
 LARGEST = 15 << 20  # bytes in one archive
 LEAST = 45.0  # seconds in which a second attempt can still learn something

@@ -103,6 +103,16 @@ QWEN2_5_VL_7B: Config = {
     "eos_token_id": 151645,
 }
 
+# Qwen3-VL-4B's language model, likewise alone: Qwen3-4B's sizes, and a place in time, height and width for each token.
+QWEN3_VL_4B: Config = {
+    **QWEN3_4B,
+    "architectures": ["Qwen3VLTextModel"],
+    "model_type": "qwen3_vl_text",
+    "max_position_embeddings": 262144,
+    "rope_theta": 5000000,
+    "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+}
+
 # ---- VAE
 
 
@@ -201,6 +211,13 @@ QWEN2_5_VL_TOKENIZER = Tokenizer(
     repository="Qwen/Qwen2.5-VL-7B-Instruct",
     files=("tokenizer.json",),
     config=QWEN3_TOKENIZER.config,
+)
+
+QWEN3_VL_TOKENIZER = Tokenizer(
+    name="Qwen3-VL",
+    repository="Qwen/Qwen3-VL-4B-Instruct",
+    files=("tokenizer.json",),
+    config={**QWEN3_TOKENIZER.config, "model_max_length": 262144},
 )
 
 

@@ -123,6 +123,7 @@ _QWEN3: Rules = {
 }
 _IMAGE_ROPE = Rule('{"rope_type": "default", "mrope_section": three whole numbers, …}', _is_image_rope)
 _QWEN2_5_VL: Rules = {**_LANGUAGE_MODEL, "rope_scaling": _IMAGE_ROPE, "rope_parameters": _IMAGE_ROPE}
+_QWEN3_VL: Rules = {**_QWEN3, "rope_scaling": _IMAGE_ROPE, "rope_parameters": _IMAGE_ROPE}
 
 
 def _clip_differing(config: Mapping[str, Any]) -> str | None:
@@ -151,15 +152,23 @@ def _qwen3_differing(config: Mapping[str, Any]) -> str | None:
 
 def _qwen2_5_vl_differing(config: Mapping[str, Any]) -> str | None:
     heads = config["num_attention_heads"]
-    if heads % config["num_key_value_heads"]:
-        return "num_attention_heads is not a multiple of num_key_value_heads"
     if config["hidden_size"] % heads:
         return "hidden_size is not a multiple of num_attention_heads"
+    return _qwen_vl_differing(config, config["hidden_size"] // heads, "hidden_size / num_attention_heads")
+
+
+def _qwen3_vl_differing(config: Mapping[str, Any]) -> str | None:
+    return _qwen_vl_differing(config, config["head_dim"], "head_dim")
+
+
+def _qwen_vl_differing(config: Mapping[str, Any], head_width: int, width_name: str) -> str | None:
+    if config["num_attention_heads"] % config["num_key_value_heads"]:
+        return "num_attention_heads is not a multiple of num_key_value_heads"
     rope = config.get("rope_parameters") or config.get("rope_scaling")
     if rope is None:
         return "it has neither rope_scaling nor rope_parameters"
-    if 2 * sum(rope["mrope_section"]) != config["hidden_size"] // heads:
-        return "the sum of mrope_section is not half of hidden_size / num_attention_heads"
+    if 2 * sum(rope["mrope_section"]) != head_width:
+        return f"the sum of mrope_section is not half of {width_name}"
     layers = config.get("layer_types")
     if layers is not None and len(layers) != config["num_hidden_layers"]:
         return "layer_types has not num_hidden_layers entries"
@@ -206,6 +215,14 @@ QWEN2_5_VL = ConfigKind(
     model_type="qwen2_5_vl_text",
     saved_as=("Qwen2_5_VLModel",),
     differing=_qwen2_5_vl_differing,
+)
+
+# Its successor, likewise.
+QWEN3_VL = ConfigKind(
+    *("transformers", ("Qwen3VLTextModel", "Qwen3VLModel", "Qwen3VLForConditionalGeneration"), _QWEN3_VL),
+    required=QWEN3.required,
+    model_type="qwen3_vl_text",
+    differing=_qwen3_vl_differing,
 )
 
 # ---- tokenizers, whose files `trainer.base_model.tokenizer_files` checks

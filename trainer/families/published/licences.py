@@ -34,6 +34,15 @@ def flux2(repository: str) -> Licence:
     )
 
 
+KREA_2 = Licence(
+    id="other",
+    name="krea-2-community-license",
+    link="https://www.krea.ai/krea-2-licensing",
+    allows=(
+        "Free, for commercial use too, to those with less than a million US dollars of yearly revenue; whoever passes "
+        "a LoRA on adds the licence, says that the model was changed, and begins the LoRA's name with Krea."
+    ),
+)
 APACHE = Licence(
     id="apache-2.0",
     name="Apache License 2.0",

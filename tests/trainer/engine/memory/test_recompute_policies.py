@@ -19,9 +19,9 @@ from trainer.spec.strategies import POLICIES
 OF_A_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 PRODUCTS = ("addmm", "convolution", ATTENTION)
-# FLUX.2's layers have no bias. In 16 bits their products are `mm`, as an adapter's are, and no policy keeps them; FP8's
-# are `fp8_product`, which the policy `products` keeps.
-WITHOUT_BIAS = ("flux2",)
+# Layers of FLUX.2 and Krea 2 have no bias. In 16 bits their products are `mm`, as an adapter's are, and no policy keeps
+# them; FP8's are `fp8_product`, which the policy `products` keeps.
+WITHOUT_BIAS = ("flux2", "krea2")
 NORMS = ("native_layer_norm", "native_group_norm", "rsqrt")
 
 
@@ -56,7 +56,7 @@ def step(name, policy):
     adapters.add_adapters(denoiser, family.blocks(denoiser), targets=targets, fused={}, rank=2, alpha=1.0, seed=1)
     regions = family.regions(denoiser)
     checkpointing.apply(regions, [policy] * len(regions), compiled=False)
-    width = 16 if name in ("flux", "flux2", "qwen_image") else denoiser.config.in_channels
+    width = 16 if name in ("flux", "flux2", "qwen_image", "krea2") else denoiser.config.in_channels
     torch.manual_seed(0)
     text = random_text(name, denoiser, 7)
     geometry = torch.tensor([[128.0, 128, 0, 0, 128, 128]])

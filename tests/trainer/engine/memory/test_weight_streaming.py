@@ -18,7 +18,7 @@ from trainer.spec.family import get_family
 from trainer.spec.memory_model import RESIDENT_REGIONS
 from trainer.spec.plan import EnginePlan
 
-FAMILIES = ["flux", "flux2", "sdxl", "sd3", "z_image", "qwen_image"]
+FAMILIES = ["flux", "flux2", "sdxl", "sd3", "z_image", "qwen_image", "krea2"]
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def inputs(name, denoiser, seed):
     torch.manual_seed(seed)
     text = {key: value.bfloat16() for key, value in random_text(name, denoiser, 8).items()}
     channels = denoiser.config.in_channels
-    if name in ("flux", "flux2", "qwen_image"):
+    if name in ("flux", "flux2", "qwen_image", "krea2"):
         channels //= 4
     return torch.randn(1, channels, 16, 16), text
 
@@ -83,6 +83,9 @@ def step(name, denoiser, through, seed=3):
         ("qwen_image", "fp8"),
         ("qwen_image", "int8"),
         ("qwen_image", "nf4"),
+        ("krea2", "fp8"),
+        ("krea2", "int8"),
+        ("krea2", "nf4"),
     ],
 )
 def test_a_step_has_the_same_bits_with_weight_streaming(name, precision, policy):
@@ -175,7 +178,7 @@ def test_a_large_sample_is_decoded_in_the_tiles_of_256_pixels_that_a_vae_of_vide
         seen.clear()
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "qwen_image"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("qwen_image", "krea2")])
 def test_a_large_sample_is_decoded_in_tiles_of_512_pixels(name):
     seen = []
     for tiled in (False, True):
