@@ -12,6 +12,7 @@ turned   transposed copies of the weights are kept for the backward pass
 replay   the step is captured as a CUDA graph and replayed
 narrow   no adapter columns: the LoRA term is added after each FP8 product
 plain    FP8 with diffusers' own forward passes of blocks
+masked   captions of different lengths: a quarter of the last one's tokens fill it up, and attention gets a mask
 native   torch's own attention, even if FlashAttention 4 is installed
 eager    nothing is compiled
 profile  also lists the kernels that take longest
@@ -189,6 +190,7 @@ class Bench:
         self.family = get_family(name)
         self.precision = precision
         self.small = small
+        self.masked = False  # see the word of this name
         self.size = SIZES[name]
         self.dtype = DTYPES.get(precision, torch.bfloat16)
         self.model = denoiser(name, base=self.base, small=small)
@@ -220,6 +222,7 @@ class Bench:
 
     def engine(self, words: set[str]) -> Engine:
         """The engine of one variant; replaces the one before."""
+        self.masked = "masked" in words
         torch.compiler.reset()
         self.runner.release()
         original_forwards = {ours: theirs for theirs, ours in self.forwards.items()}
@@ -253,7 +256,7 @@ class Bench:
             return torch.randn(*shape, device=DEVICE, generator=generator)
 
         shape = (batch, CHANNELS[self.name], height // 8, width // 8)
-        return {
+        made = {
             "noisy": normal(*shape),
             "target": normal(*shape),
             "t": torch.rand(batch, device=DEVICE, generator=generator),
@@ -263,10 +266,14 @@ class Bench:
             "geometry": torch.tensor([[height, width, 0, 0, height, width]] * batch, device=DEVICE).float(),
             "scale": torch.full((), scale, device=DEVICE),
         }
+        if self.masked:
+            made["padding"] = torch.zeros(batch, length, device=DEVICE, dtype=torch.bool)
+            made["padding"][-1, length - length // 4 :] = True
+        return made
 
     def loss(self, engine: Engine | None, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss, and the scaled loss of which the gradient is taken."""
-        text = {name: inputs[name] for name in ("tokens", "pooled", "real")}
+        text = {name: inputs[name] for name in ("tokens", "pooled", "real", "padding") if name in inputs}
         with engine.saved_tensors() if engine else contextlib.nullcontext():
             out = self.family.predict(
                 self.model, inputs["noisy"], inputs["t"], text=text, guidance=1.0, geometry_B6=inputs["geometry"]
@@ -400,7 +407,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "what",
         nargs="+",
-        help="PRECISION+POLICY[+host|+weights][+turned][+replay][+narrow][+plain][+native][+eager][+profile]:BATCH",
+        help="PRECISION+POLICY[+host|+weights][+turned][+replay][+narrow][+plain][+masked][+native][+eager][+profile]:BATCH",
     )
     asked = parser.parse_args(arguments)
     report = Report(f"{asked.base or asked.family}: a step", asked.markdown)

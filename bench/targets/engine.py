@@ -24,10 +24,11 @@ from trainer.engine.quantization.frozen_linear import FrozenLinear, freeze
 from trainer.spec.family import BaseModel, Family, get_family
 from trainer.spec.weight_formats import supported_formats
 
-FAMILIES = ("flux", "flux2", "sd3", "sdxl", "z_image")
+FAMILIES = ("flux", "flux2", "qwen_image", "sd3", "sdxl", "z_image")
 SHALLOW: dict[str, dict[str, Any]] = {
     "flux": {"num_layers": 1, "num_single_layers": 1},
     "flux2": {"num_layers": 1, "num_single_layers": 1},
+    "qwen_image": {"num_layers": 1},
     "sd3": {"num_layers": 3},  # the last block has no text output; of SD3.5 medium, the first has a second attention
     "sdxl": {"transformer_layers_per_block": [1, 1, 1]},
     "z_image": {"n_layers": 1, "n_refiner_layers": 1},
@@ -66,6 +67,7 @@ SAMPLE = (
     Case("sdxl", "sdxl", "fp8"),
     Case("z_image", "z-image", "fp8"),
     Case("flux2", "flux2-klein-4b", "fp8"),
+    Case("qwen_image", "qwen-image", "fp8"),
 )
 
 

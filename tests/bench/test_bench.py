@@ -60,6 +60,15 @@ def test_each_family_is_measured_at_the_size_of_its_first_model():
     assert step.text_sizes("z_image", "") == (128, 2560, 1)
 
 
+def test_captions_of_different_lengths_are_measured_with_a_mask():
+    bench = step.Bench("qwen_image", "bf16", small=True)
+    losses = []
+    for words in ({"all", "eager"}, {"all", "eager", "masked"}):
+        engine = bench.engine(words)
+        losses.append(bench.loss(engine, bench.inputs(2))[0].item())
+    assert bench.inputs(2)["padding"].sum(1).tolist() == [0, 128 // 4] and losses[0] != losses[1]
+
+
 @pytest.mark.slow
 def test_peers_are_measured_beside_ours(capsys):
     assert main(["peers", "--family", "sd3", "--small", "--batch", "1", "--ours", "fp8+all+eager"]) == 0

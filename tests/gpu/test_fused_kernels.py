@@ -136,11 +136,12 @@ def test_swiglu_and_its_gradient_are_as_in_plain_torch(width, left, joined):
     assert all(map(torch.equal, swiglu_triton.swiglu_gradient(*options, False)[:3], found[:3]))
 
 
+@pytest.mark.parametrize("images", [1, 2])  # that have rotations of their own
 @pytest.mark.parametrize(("heads", "dim"), [(30, 128), (3, 16)])
-def test_rotated_heads_are_as_in_plain_torch(heads, dim):
+def test_rotated_heads_are_as_in_plain_torch(heads, dim, images):
     from trainer.engine.kernels import rope_reference, rope_triton
 
-    given = normal(2, 133, heads * dim), normal(dim, seed=1), normal(2, 133, dim // 2, 2, seed=2).float()
+    given = normal(2, 133, heads * dim), normal(dim, seed=1), normal(images, 133, dim // 2, 2, seed=2).float()
     g = normal(2, 133, heads, dim, seed=3)
     found, wanted = (module.rotate_heads(*given, 1e-6) for module in (rope_triton, rope_reference))
     assert found.shape == wanted.shape and error(found, wanted) < 1e-3
@@ -151,6 +152,7 @@ def test_rotated_heads_are_as_in_plain_torch(heads, dim):
 FULL_WIDTH = {
     "flux": {"num_layers": 1, "num_single_layers": 2},
     "flux2": {"num_layers": 1, "num_single_layers": 2},
+    "qwen_image": {"num_layers": 2},
     "sd3": {"num_layers": 2},
     "sdxl": {"transformer_layers_per_block": (1, 1, 1), "layers_per_block": 1},
     "z_image": {"n_layers": 2, "n_refiner_layers": 1},

@@ -158,19 +158,20 @@ def swiglus(dispatch: object, dtype: torch.dtype) -> Compared:
 
 
 def head_rotations(dispatch: object) -> Compared:
-    """Each pair of a head's features as one complex number; other angles in each image."""
+    """Each pair of a head's features as one complex number; other angles in each image, or the same in all."""
     x, weight, g = normal(2, TOKENS, HEADS * HEAD_DIM), normal(HEAD_DIM), normal(2, TOKENS, HEADS, HEAD_DIM)
-    angles = torch.rand(2, TOKENS, HEAD_DIM // 2) * 6
-    turns = torch.polar(torch.ones_like(angles), angles)
-    exact = x.double().requires_grad_()
-    heads = exact.unflatten(2, (HEADS, HEAD_DIM))
-    heads = heads * (heads.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight.double()
-    pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
-    wanted = torch.view_as_real(pairs * turns.to(torch.complex128)[:, :, None]).flatten(-2)
-    given = x, weight, torch.view_as_real(turns)
-    yield "rotate_heads: 16 bits", error(dispatch.rotate_heads(*given, EPS), wanted.detach())
-    (gradient,) = torch.autograd.grad(wanted, exact, g.double())
-    yield "rotate_heads_gradient", error(dispatch.rotate_heads_gradient(*given, g, EPS), gradient)
+    for images, name in ((2, ""), (1, ", one for all images")):
+        angles = torch.rand(images, TOKENS, HEAD_DIM // 2) * 6
+        turns = torch.polar(torch.ones_like(angles), angles)
+        exact = x.double().requires_grad_()
+        heads = exact.unflatten(2, (HEADS, HEAD_DIM))
+        heads = heads * (heads.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight.double()
+        pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
+        wanted = torch.view_as_real(pairs * turns.to(torch.complex128)[:, :, None]).flatten(-2)
+        given = x, weight, torch.view_as_real(turns)
+        yield f"rotate_heads{name}: 16 bits", error(dispatch.rotate_heads(*given, EPS), wanted.detach())
+        (gradient,) = torch.autograd.grad(wanted, exact, g.double())
+        yield f"rotate_heads_gradient{name}", error(dispatch.rotate_heads_gradient(*given, g, EPS), gradient)
 
 
 def quantisation(dispatch: object, reference: object, dtype: torch.dtype) -> Compared:

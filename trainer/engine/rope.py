@@ -124,7 +124,8 @@ def _head_norm_rope(x: Tensor, weight: Tensor, turns: Tensor, eps: float) -> Ten
 def head_norm_rope(x_BTF: Tensor, norm: Any, turns_BTR2: Tensor) -> Tensor:
     """The queries or keys of a projection of their own, normalised by head and rotated, (B, T, H, D).
 
-    `turns`: cosine and sine of each token's angles, in each image. `norm`: one that `can_fuse_rope` takes.
+    `turns`: cosine and sine of each token's angles, in each image, or (1, T, R, 2) in all. `norm`: one that
+    `can_fuse_rope` takes.
     """
     return _head_norm_rope(x_BTF, norm.weight, turns_BTR2, norm.eps)
 

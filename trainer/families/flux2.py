@@ -61,8 +61,8 @@ def _footprint(*, width: int, double: int, single: int, other_weights: float, en
         region_count=blocks,
         text_tokens=TEXT_TOKENS,
         saved_gib={
-            "none": (17.1 * double + 14.5 * single) * gib_per_kilotoken,
-            "products": (14.1 * double + 12.5 * single) * gib_per_kilotoken,
+            "none": (16.3 * double + 14.1 * single) * gib_per_kilotoken,
+            "products": (13.3 * double + 12.1 * single) * gib_per_kilotoken,
             "attention": 2 * blocks * gib_per_kilotoken,
             "all": blocks * gib_per_kilotoken,
             "host": 0.02,
@@ -72,7 +72,7 @@ def _footprint(*, width: int, double: int, single: int, other_weights: float, en
         fp8_weights=(26 * double + 13 * single) * width**2,
         encoder_weights=encoder_weights,
         hidden_size=width,
-        unfused_factor=(26.2 * double + 26.5 * single) / (17.1 * double + 14.5 * single),
+        unfused_factor=(25.4 * double + 26.2 * single) / (16.3 * double + 14.1 * single),
     )
 
 

@@ -42,8 +42,9 @@ KINDS = published.KINDS
 MINIATURE = str(Path(__file__).with_name("miniatures") / "qwen_image")
 
 # The numbers of weights are those of the architecture. The GiB are computed, not measured on a GPU: `none` from what
-# autograd saves of one block of full width on a CPU (bf16, rank 16, without fused blocks: 154 kB for each token),
-# the others from the sizes of the products' outputs (9 times the width, for each token), of attention's and of inputs.
+# autograd saves of one fused block on a CPU (FP8, rank 16: 84 kB for each token; 154 of one that is not fused, in
+# bf16), the others from the sizes of the products' outputs (9 times the width, for each token), of attention's and of
+# inputs.
 FOOTPRINT = Footprint(
     block_weights=20.384e9,
     other_weights=0.046e9,
@@ -53,13 +54,13 @@ FOOTPRINT = Footprint(
     peft_weights_per_rank=6.636e6,
     region_count=60,
     text_tokens=512,
-    saved_gib={"none": 8.8, "products": 3.87, "attention": 0.70, "all": 0.35, "host": 0.02},
+    saved_gib={"none": 4.82, "products": 3.87, "attention": 0.70, "all": 0.35, "host": 0.02},
     working_gib=0.3,
     largest_region_weights=0.340e9,
     fp8_weights=13.590e9,
     encoder_weights=7.07e9,
     hidden_size=3072,
-    unfused_factor=1.0,
+    unfused_factor=1.83,
 )
 
 TEXT_TOKENS = 512  # of a caption that the pipeline reads, and the tokens that the template puts behind it
@@ -208,7 +209,11 @@ def regions(denoiser: QwenImageTransformer2DModel) -> list[torch.nn.Module]:
 
 
 def fused_forwards() -> dict[type, type]:
-    return {}
+    from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+
+    from trainer.families.fused_blocks.qwen_image import FusedQwenImageBlock
+
+    return {QwenImageTransformerBlock: FusedQwenImageBlock}
 
 
 # ---- prediction

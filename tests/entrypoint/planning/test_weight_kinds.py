@@ -68,6 +68,14 @@ OTHERS = {
         {"double_stream_modulation_img.lin.weight": F16, "double_blocks.0.img_attn.qkv.weight": F16},
         "is of another family: holds no denoiser for BASE_MODEL=flux-dev. Fix: BASE_MODEL=flux2-klein-4b",
     ),
+    "flux 2 dev": (
+        {"double_stream_modulation_img.lin.weight": F16, "guidance_in.in_layer.weight": meta(6144, 256)},
+        "is FLUX.2 dev, which is not trained here",
+    ),
+    "flux 2 dev of diffusers": (
+        {"time_guidance_embed.guidance_embedder.linear_1.weight": meta(6144, 256)},
+        "is FLUX.2 dev",
+    ),
     "wan": ({"blocks.0.self_attn.q.weight": F16}, "is Wan"),
     "qwen": (
         under("model.diffusion_model.", {"txt_in.text_norm.weight": F16}),

@@ -70,6 +70,7 @@ def test_sd3_has_both_above_the_tokens_of_t5_and_side_by_side_in_the_pooled_outp
         ),
         ("sd3", {"JointTransformerBlock": "FusedJointBlock"}, set()),
         ("sdxl", {"BasicTransformerBlock": "FusedBasicBlock"}, {"ResnetBlock2D"}),
+        ("qwen_image", {"QwenImageTransformerBlock": "FusedQwenImageBlock"}, set()),
         ("z_image", {"ZImageTransformerBlock": "FusedZImageBlock"}, set()),
     ],
 )

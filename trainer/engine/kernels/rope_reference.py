@@ -82,7 +82,7 @@ def rotate_heads(x_BTF: torch.Tensor, weight_D: torch.Tensor, turns_BTR2: torch.
     """The queries or the keys of one projection, normalised by head and rotated: (B, T, H, D).
 
     For models whose q, k and v are separate layers, and whose angles differ from image to image. F = H D features.
-    turns: cosine and sine for each of the R = D / 2 pairs of a token, in fp32.
+    turns: cosine and sine for each of the R = D / 2 pairs of a token, in fp32; (1, T, R, 2) if all images share them.
     """
     x = _rms_norm(x_BTF.unflatten(2, (-1, len(weight_D))), weight_D, eps)
     return _turned(x, turns_BTR2).to(x_BTF.dtype)

@@ -236,17 +236,18 @@ def rotate_gradient(
 
 
 # Grid: (tokens of all images, groups of 8 heads). Reads one token's heads and the rotation of each of their pairs;
-# writes the heads, normalised and rotated.
+# writes the heads, normalised and rotated. There are `turn_rows` rows of rotations: as many as tokens, or as tokens of
+# one image, if they are the same for all.
 @triton.jit
 def _rotate_heads(  # type: ignore[no-untyped-def]  # Triton reads annotations
-    x, weight, turns, out, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, EPS: tl.constexpr
+    x, weight, turns, out, turn_rows, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, EPS: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     d = tl.arange(0, D)[None, :]
     inside = (head < H) & (d < D)
     place = row * H * D + head * D + d
-    cos, sin = _turn(turns, row, D)
+    cos, sin = _turn(turns, row % turn_rows, D)
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(value * value, axis=1) / D + EPS)
     a, b = _pairs(value * rstd[:, None] * tl.load(weight + d).to(tl.float32), D, HEADS)
@@ -273,6 +274,7 @@ def rotate_heads(x_BTF: torch.Tensor, weight_D: torch.Tensor, turns_BTR2: torch.
         weight_D,
         turns_BTR2.contiguous(),
         out,
+        turns_BTR2.shape[0] * turns_BTR2.shape[1],
         heads,
         len(weight_D),
         HEADS_PER_PROGRAM,
@@ -285,14 +287,14 @@ def rotate_heads(x_BTF: torch.Tensor, weight_D: torch.Tensor, turns_BTR2: torch.
 # Grid: as `_rotate_heads`. Reads x again, and the gradient of the rotated heads; writes the gradient of x.
 @triton.jit
 def _rotate_heads_gradient(  # type: ignore[no-untyped-def]  # Triton reads annotations
-    x, weight, turns, g, out, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, EPS: tl.constexpr
+    x, weight, turns, g, out, turn_rows, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, EPS: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     d = tl.arange(0, D)[None, :]
     inside = (head < H) & (d < D)
     place = row * H * D + head * D + d
-    cos, sin = _turn(turns, row, D)
+    cos, sin = _turn(turns, row % turn_rows, D)
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     rstd = (1.0 / tl.sqrt(tl.sum(value * value, axis=1) / D + EPS))[:, None]
     a, b = _pairs(tl.load(g + place, mask=inside, other=0.0).to(tl.float32), D, HEADS)
@@ -318,6 +320,7 @@ def rotate_heads_gradient(
         turns_BTR2.contiguous(),
         g_BTHD.contiguous(),
         out,
+        turns_BTR2.shape[0] * turns_BTR2.shape[1],
         heads,
         len(weight_D),
         HEADS_PER_PROGRAM,

@@ -21,7 +21,7 @@ from trainer.engine.kernels.dispatch import transpose
 from trainer.engine.quantization.formats import MIN_LARGEST_WEIGHT, STORAGE_ONLY, WEIGHT_FORMATS
 from trainer.spec.adapter_columns import fits_adapter_columns, padding_for
 
-MODULATIONS = ("norm", "modulation")  # parts of the names of layers that compute scales, shifts and gates
+MODULATIONS = ("norm", "modulation", "_mod.")  # parts of the names of layers that compute scales, shifts and gates
 
 
 @contextlib.contextmanager

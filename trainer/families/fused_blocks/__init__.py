@@ -7,6 +7,6 @@ never passes, but some pipelines do, are handed to diffusers' own forward pass. 
 dropout.
 
 Read `projections`, then `joint_attention` and `flux` (joined projections and a rotary embedding), then `flux2` (a
-modulation for all blocks, SwiGLU), `sd3`, `sdxl` and `z_image` (RMSNorm, a rotary embedding that differs from image to
-image). Imports `trainer.engine` and diffusers. The parameters are named as diffusers names them.
+modulation for all blocks, SwiGLU), `sd3`, `sdxl`, `z_image` (RMSNorm, a rotary embedding that differs from image to
+image) and `qwen_image`. Imports `trainer.engine` and diffusers. The parameters are named as diffusers names them.
 """

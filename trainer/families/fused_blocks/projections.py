@@ -1,4 +1,7 @@
-"""What the fused blocks of several families share. Letters: B images, T tokens, D features of a token."""
+"""What the fused blocks of several families share.
+
+Letters: B images, T tokens, D features of a token or of a head, H heads, F = H D, R pairs of a head's features.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 import torch
 
 from trainer.engine.fused_linear import gelu_linear, norm_linear
+from trainer.engine.rope import can_fuse_rope, head_norm_rope
 
 
 def feed_forward(
@@ -20,6 +24,22 @@ def feed_forward(
     """diffusers' FeedForward `ff` on the normalised and modulated x; and x, to continue with (see `norm_linear`)."""
     hidden, x_BTD = norm_linear(x_BTD, norm, modulation, [ff.net[0].proj])
     return gelu_linear(hidden, ff.net[2], geglu=geglu), x_BTD
+
+
+def turned_heads(projected_BTF: torch.Tensor, norm: Any, turns_BTR: torch.Tensor | None, heads: int) -> torch.Tensor:
+    """Normalised and rotated queries or keys, (B, T, H, D), of a layer of their own.
+
+    `turns`: each pair's rotation as a complex number, of every image or, (1, T, R), the same for all; None: none.
+    """
+    if turns_BTR is not None and projected_BTF.dtype != torch.float32 and norm is not None and can_fuse_rope(norm):
+        return head_norm_rope(projected_BTF, norm, torch.view_as_real(turns_BTR))
+    heads_BTHD = projected_BTF.unflatten(-1, (heads, -1))
+    if norm is not None:
+        heads_BTHD = norm(heads_BTHD)
+    if turns_BTR is None:
+        return heads_BTHD
+    pairs = torch.view_as_complex(heads_BTHD.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns_BTR[:, :, None]).flatten(3).type_as(heads_BTHD)
 
 
 def split_tokens(x_BTD: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:

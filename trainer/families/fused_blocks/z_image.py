@@ -14,28 +14,15 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 
 from trainer.engine.fused_linear import norm_residual, rms_linear, swiglu_linear
-from trainer.engine.rope import can_fuse_rope, head_norm_rope
-
-
-def _heads(attn: Any, projected_BTF: torch.Tensor, norm: Any, turns_BTR: torch.Tensor | None) -> torch.Tensor:
-    """Normalised and rotated queries or keys, (B, T, H, D). `turns`: complex."""
-    if turns_BTR is not None and projected_BTF.dtype != torch.float32 and norm is not None and can_fuse_rope(norm):
-        return head_norm_rope(projected_BTF, norm, torch.view_as_real(turns_BTR))
-    heads_BTHD = projected_BTF.unflatten(-1, (attn.heads, -1))
-    if norm is not None:
-        heads_BTHD = norm(heads_BTHD)
-    if turns_BTR is None:
-        return heads_BTHD
-    pairs = torch.view_as_complex(heads_BTHD.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns_BTR[:, :, None]).flatten(3).type_as(heads_BTHD)
+from trainer.families.fused_blocks.projections import turned_heads
 
 
 def _attention(
     attn: Any, qkv: list[torch.Tensor], turns_BTR: torch.Tensor | None, attended_BT: torch.Tensor | None
 ) -> torch.Tensor:
     """Attention among the tokens of a row, (B, T, H * D). `attended`: the tokens that are; None: all."""
-    q = _heads(attn, qkv[0], attn.norm_q, turns_BTR)
-    k = _heads(attn, qkv[1], attn.norm_k, turns_BTR)
+    q = turned_heads(qkv[0], attn.norm_q, turns_BTR, attn.heads)
+    k = turned_heads(qkv[1], attn.norm_k, turns_BTR, attn.heads)
     v = qkv[2].unflatten(-1, (attn.heads, -1))
     mask = None if attended_BT is None else attended_BT[:, None, None, :]
     found: torch.Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=attn.processor._attention_backend)

@@ -104,7 +104,11 @@ def _klein(*, heads: int, double: int, single: int, encoder: Config) -> Publishe
 KLEIN_4B = _klein(heads=24, double=5, single=20, encoder=common.QWEN3_4B)
 KLEIN_9B = _klein(heads=32, double=8, single=24, encoder=common.QWEN3_8B)
 
-LOOKALIKES: tuple[Lookalike, ...] = ()
+# FLUX.2 dev has the names of klein's layers, and an embedding of the guidance besides.
+LOOKALIKES = tuple(
+    Lookalike("FLUX.2 dev", name, (6144, 256))
+    for name in ("guidance_in.in_layer.weight", "time_guidance_embed.guidance_embedder.linear_1.weight")
+)
 
 # ---- what the configs of a model of this family may say
 
