@@ -5,14 +5,15 @@
 
 Starts one process for each GPU, as a job does. With `--shapes`, a job's own steps: planned by `auto` for the default
 settings (or `--set`), rehearsed and trained by the job's code (`python -m bench shapes`), with so many sizes of images
-side by side. Each epoch is shuffled and each process takes every N-th batch of it, so that in a step most of them have
-other shapes than the first. With `--what`, steps of one size in a variant of `python -m bench step`.
+side by side, in the steps that a job makes of a shuffled epoch. With `--what`, steps of one size in a variant of
+`python -m bench step`.
 
 `batch`: images on each GPU. `images_s`: images per second of all GPUs. `of_linear`: that, relative to the first row of
 the same batch and shapes times the number of GPUs. `sum_ms`: how long all processes take to sum the gradient when they
 begin at the same moment, and `reduce_ms` the part of it that moves the gradient: what overlapping it with the backward
 pass could hide at most. `shape_waits`: the share of a step in which a process waits because another one has a larger
-shape, if a step takes as long as its pixels are many. With `--small`, on the CPU.
+shape, if a step takes as long as its pixels are many; `waits_at_random`: the same, if each step had the next batches of
+the shuffled epoch. With `--small`, on the CPU.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from bench.report import Report, options
 from bench.step import DEVICE, Bench, base_of, free
 from trainer.data.batches import MicroBatch
 from trainer.engine.execution import Engine
+from trainer.job.sizes import steps_of
 from trainer.spec.errors import KilnError
 from trainer.training.distributed import Workers
 
@@ -59,7 +61,16 @@ def of_job(asked: argparse.Namespace, count: int, batch: int, workers: Workers) 
     except KilnError as problem:
         return {**row, "images_s": str(problem).splitlines()[0][:100]}
     rounds = math.ceil(asked.steps / len(made))
-    steps = [step for number in range(rounds + 1) for step in shuffled(made, workers.size, number)]
+    by_id = dict(zip(map(id, epoch), made, strict=True))
+    steps: list[list[MicroBatch]] = []
+    at_random: list[list[MicroBatch]] = []
+    for number in range(rounds + 1):
+        # So often that each step has a batch for every process.
+        order = epoch * workers.size
+        random.Random(number).shuffle(order)
+        steps += [[by_id[id(each)] for each in step] for step in steps_of(order, workers.size)]
+        for start in range(0, len(order), workers.size):
+            at_random.append([by_id[id(each)] for each in order[start : start + workers.size]])
     times = list(job.train([step[workers.process_rank] for step in steps]))
     measured = steps[len(made) :]
     seconds = times[-1] - times[len(made) - 1]
@@ -67,19 +78,12 @@ def of_job(asked: argparse.Namespace, count: int, batch: int, workers: Workers) 
     row["step_s"] = round(seconds / len(measured), 4)
     row |= sums(job.runner.flat_grad, batch, workers)
     row["images_s"] = round(images / seconds, 3)
-    row["shape_waits"] = round(waits(measured), 4)
+    row |= {"shape_waits": round(waits(measured), 4), "waits_at_random": round(waits(at_random), 4)}
     row["parameters_m"] = round(job.runner.flat_grad.numel() / 1e6, 1)
     row["captured"] = job.runner.capturing
     workers.check_same(job.state.optimizer_params)
     job.runner.release()
     return row
-
-
-def shuffled(made: list[MicroBatch], size: int, number: int) -> list[list[MicroBatch]]:
-    """The steps of an epoch of `size` times the batches, in its own order: each step has a batch for every process."""
-    order = made * size
-    random.Random(number).shuffle(order)
-    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def waits(measured: list[list[MicroBatch]]) -> float:
