@@ -16,7 +16,7 @@ import torch
 
 from trainer.data import cache as caching
 from trainer.data.cache import Cache, Item
-from trainer.data.epochs import Batch, Example
+from trainer.data.order.variants import Batch, Example
 
 T = TypeVar("T")
 

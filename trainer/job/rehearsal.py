@@ -30,7 +30,7 @@ from trainer.checkpoints.snapshots import Snapshots
 from trainer.data import batches
 from trainer.data.batches import MicroBatch
 from trainer.data.cache import Cache
-from trainer.data.epochs import Batch
+from trainer.data.order.variants import Batch
 from trainer.engine.cuda_graphs import EagerStep
 from trainer.engine.device import rehearsal_reserve, release
 from trainer.engine.execution import Engine

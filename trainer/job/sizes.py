@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Sequence
 
-from trainer.data.epochs import Batch
+from trainer.data.order.variants import Batch
 from trainer.engine import device
 from trainer.spec.family import base_models
 from trainer.spec.memory_model import Workload, with_room_for_graphs

@@ -158,7 +158,7 @@ def test_regularisation_images_are_as_many_as_the_others(regular, repeats):
     assert Counter(e.weight for e in found) == {1.0: 20, 0.5: 20}
     transposes = Counter(e.image.name for e in found if e.weight == 0.5)
     assert max(transposes.values()) - min(transposes.values()) <= 1
-    assert len(sampler.unused) == max(0, regular - 20)
+    assert sampler.unused == max(0, regular - 20)
 
 
 def test_a_dataset_of_regularisation_alone_is_trained_as_it_is():
@@ -244,19 +244,19 @@ def test_random_crops_stay_inside():
 def test_a_third_of_the_views_change_the_colours_and_only_where_that_is_asked_for():
     """sd-scripts changes them in a third of the occurrences."""
     coloured = make_sampler(plan(subset(color_aug=True)), images(200))
-    views = [view for variants in coloured._variants for view in variants.views]
+    views = [view for variants in coloured.pools() for view in variants.views]
     assert len(views) == 200 * VARIANTS
     assert abs(sum(view.colour is not None for view in views) / len(views) - 1 / 3) < 0.05
     seeds = {view.colour for view in views if view.colour is not None}
     assert len(seeds) > 450 and 2**31 < max(seeds) < 2**32
     cropped = make_sampler(plan(subset(random_crop=True)), images(20))
-    assert {view.colour for variants in cropped._variants for view in variants.views} == {None}
+    assert {view.colour for variants in cropped.pools() for view in variants.views} == {None}
 
 
 def test_colours_do_not_move_the_crops():
     def offsets(**keys):
         sampler = make_sampler(plan(subset(random_crop=True, **keys)))
-        pools = [[view.offset for view in variants.views] for variants in sampler._variants]
+        pools = [[view.offset for view in variants.views] for variants in sampler.pools()]
         return [pool for pool in pools if len(set(pool)) > 1]
 
     assert offsets() == offsets(color_aug=True) == offsets(flip_aug=True) != []
@@ -266,7 +266,7 @@ def test_variants_are_those_of_generators_of_the_seed_their_use_and_the_image():
     """By hand: other seeds would move the crops of a run that resumes, and nothing in a cache would be found again."""
     some = images(8)
     varied = subset(random_crop=True, color_aug=True, shuffle_caption=True)
-    for variants in make_sampler(plan(varied), some, seed=5)._variants:
+    for variants in make_sampler(plan(varied), some, seed=5).pools():
         key = f"0.0/{variants.image.name}"
         rng, views = random.Random(f"5/view/{key}"), []
         for view in variants.views:
@@ -290,7 +290,7 @@ def test_images_of_one_dataset_and_size_follow_each_other_to_be_encoded_together
 
 def test_half_of_a_pool_is_flipped():
     sampler = make_sampler(plan(subset(random_crop=True, flip_aug=True)))
-    pools = [variants.views for variants in sampler._variants if len(variants.views) == VARIANTS]
+    pools = [variants.views for variants in sampler.pools() if len(variants.views) == VARIANTS]
     assert pools and all([view.flip for view in pool] == [False, True] * (VARIANTS // 2) for pool in pools)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.machines import ROUND
-from trainer.data.epochs import Example
+from trainer.data.order.variants import Example
 from trainer.data.records import ImageRecord, View
 from trainer.job import sizes
 from trainer.spec import memory_model
