@@ -19,6 +19,7 @@ job: a full-size model, and whole jobs on it
 reach: all targets of docs/performance.md, on all accelerators
 prepare: encoding images and captions
 loading, scan: reading the cache, and scanning a dataset
+scale: seconds, memory and files of many images, and how they grow
 layouts: loading models from files of every layout
 state: writing states
 monitor: how much the monitor page slows training, with 20 viewers

@@ -12,7 +12,7 @@ The life of one image, which is also the order to read the modules in:
 4. `epochs` draws the image's variants: up to 8 views (crop, flip, colours) and up to 8 captions (by the pipeline in
    `captions`). `EpochSampler.epoch` picks one of each for every occurrence and groups these into batches (`order`).
 5. `encode` fills the `cache`: `render` cuts the pixels of each view, the VAE turns them into latents, and the text
-   encoders turn each caption into embeddings. Then the encoders are freed.
+   encoders turn each caption into embeddings. Then the encoders are freed. Of many images the cache is in `packs`.
 6. `batches` reads one batch from the cache. The training step adds noise to its latents and computes the loss.
 
 `caption_length` names the captions that are longer than the text encoder reads.

@@ -14,7 +14,6 @@ from typing import TypeVar, cast
 
 import torch
 
-from trainer.data import cache as caching
 from trainer.data.cache import Cache, Item
 from trainer.data.order.variants import Batch, Example
 
@@ -72,8 +71,8 @@ def micro_batch(cache: Cache, batch: Batch, lengths: Mapping[str, int] | None = 
     images: list[Item] = []
     texts: list[Item] = []
     for example in batch:
-        images.append(caching.load(cache.image_path(example.image, example.view)))
-        texts.append(caching.load(cache.text_path(example.caption)))
+        images.append(cache.load(cache.image_path(example.image, example.view)))
+        texts.append(cache.load(cache.text_path(example.caption)))
     mask_B1HW = None
     if any("mask" in image for image in images):
         ones_1HW = torch.ones(1, *images[0]["moments"].shape[-2:])
@@ -135,7 +134,7 @@ def text_lengths(captions: Sequence[str], cache: Cache) -> dict[str, int]:
         return {}
     sizes = _sizes(captions, cache)
     shortest = min(sizes, key=lambda caption: sizes[caption])
-    long_item, short_item = (caching.load(cache.text_path(caption)) for caption in (longest, shortest))
+    long_item, short_item = (cache.load(cache.text_path(caption)) for caption in (longest, shortest))
     lengths = {}
     for name, tensor in long_item.items():
         if tensor.ndim and len(tensor) != len(short_item[name]):
@@ -145,7 +144,7 @@ def text_lengths(captions: Sequence[str], cache: Cache) -> dict[str, int]:
 
 def _sizes(captions: Sequence[str], cache: Cache) -> dict[str, int]:
     """The bytes of each caption's file: they grow with its tokens."""
-    return {caption: cache.text_path(caption).stat().st_size for caption in captions}
+    return {caption: cache.size(cache.text_path(caption)) for caption in captions}
 
 
 def geometry(example: Example) -> tuple[int, int, int, int, int, int]:

@@ -6,15 +6,17 @@ next and needs the memory.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from trainer.data import cache as caching
-from trainer.data.cache import Cache, Share
+from trainer.data.cache import Cache, Share, Variant
 from trainer.data.epochs import EpochSampler
+from trainer.data.records import ImageRecord
 from trainer.data.scan import cpu_workers
 from trainer.engine.device import release
 from trainer.engine.encoders import load_text_encoders
@@ -25,6 +27,7 @@ from trainer.spec.plan import EnginePlan
 from trainer.storage import digests
 
 log = logging.getLogger(__name__)
+PIECE = 1 << 15  # views that are looked for in the cache at once
 CAPTION_BATCH_SIZE = 16  # captions encoded together: of T5, 16 × 512 tokens, which is enough to keep a GPU busy
 
 
@@ -59,7 +62,7 @@ def fill_texts(
     `share`: this process's part, which may be nothing.
     """
     unique = list(dict.fromkeys(captions))
-    missing = caching.find_missing(unique, cache.text_path, share)
+    missing = caching.find_missing(unique, cache.text_path, share, has=cache.has)
     if not missing:
         log.info("All %d captions are in the cache.", len(unique))
         return
@@ -78,6 +81,7 @@ def fill_texts(
         batch_size=CAPTION_BATCH_SIZE,
         check_in=check_in,
         share=share,
+        packed=len(unique) >= caching.PACKED_FROM,
     )
     del encoders
     release()
@@ -98,26 +102,45 @@ def fill_images(
 
     `share`: this process's part. Raises DataError for an image that decoded in the scan and does not any more.
     """
-    variants = list(sampler.all_image_variants())
-    missing = caching.find_missing(variants, lambda v: cache.image_path(*v), share, threads=cpu_workers())
-    if not missing:
-        log.info("All %d latents are in the cache.", len(variants))
-        return
+    vae = None
     started = time.monotonic()
-    vae = family.load_vae(model, device=engine.device)
-    count, unusable = caching.encode_images(
-        cache,
-        missing,
-        encode=partial(family.encode_images, vae),
-        cpu_workers=cpu_workers(),
-        # Tiles are for little memory: then one image at a time.
-        max_megapixels=0.0 if engine.tile_vae else ENCODE_BATCH_MEGAPIXELS,
-        check_in=check_in,
-        share=share,
-    )
+    total = encoded = 0
+    unusable: list[tuple[ImageRecord, str]] = []
+    packed = sampler.count_views() >= caching.PACKED_FROM
+    for variants in _pieces(sampler.all_image_variants()):
+        total += len(variants)
+        missing = caching.find_missing(
+            variants, lambda v: cache.image_path(*v), share, threads=cpu_workers(), has=cache.has
+        )
+        if not missing:
+            continue
+        if vae is None:
+            vae = family.load_vae(model, device=engine.device)
+        count, without = caching.encode_images(
+            cache,
+            missing,
+            encode=partial(family.encode_images, vae),
+            cpu_workers=cpu_workers(),
+            # Tiles are for little memory: then one image at a time.
+            max_megapixels=0.0 if engine.tile_vae else ENCODE_BATCH_MEGAPIXELS,
+            check_in=check_in,
+            share=share,
+            packed=packed,
+        )
+        encoded += count
+        unusable += without
+    if vae is None:
+        log.info("All %d latents are in the cache.", total)
+        return
     del vae
     release()
     if unusable:
         names = "; ".join(f"{image.name}: {reason}" for image, reason in unusable[:20])
         raise DataError(f"{len(unusable)} images changed while they were read: {names}.")
-    log.info("Encoded %d of %d latents in %.1f s.", count, len(variants), time.monotonic() - started)
+    log.info("Encoded %d of %d latents in %.1f s.", encoded, total, time.monotonic() - started)
+
+
+def _pieces(variants: Iterator[Variant]) -> Iterator[list[Variant]]:
+    """Some at a time: a million images with their views are a gigabyte."""
+    while piece := list(itertools.islice(variants, PIECE)):
+        yield piece

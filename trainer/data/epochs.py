@@ -168,6 +168,10 @@ class EpochSampler:
             for example in batch:
                 yield example.image, example.view
 
+    def count_views(self) -> int:
+        """How many `all_image_variants` gives, at most."""
+        return sum(self._kinds[place].views for place in range(len(self._places))) + len(self.held_out)
+
     def all_captions(self) -> list[str]:
         """Each text that `epoch` and `validation` may use, once; "" among them where captions may be dropped."""
         texts: dict[str, None] = {}
