@@ -172,17 +172,20 @@ class EpochSampler:
         """How many `all_image_variants` gives, at most."""
         return sum(self._kinds[place].views for place in range(len(self._places))) + len(self.held_out)
 
-    def all_captions(self) -> list[str]:
-        """Each text that `epoch` and `validation` may use, once; "" among them where captions may be dropped."""
-        texts: dict[str, None] = {}
+    def all_captions(self) -> Iterator[str]:
+        """The texts that `epoch` and `validation` may use; "" among them where captions may be dropped.
+
+        One by one, and a text as often as it is a caption: all together may be gigabytes.
+        """
         for variants in self.pools():
-            texts.update(dict.fromkeys(variants.captions))
+            yield from dict.fromkeys(variants.captions)
         for batch in self.validation():
-            texts.update(dict.fromkeys(example.caption for example in batch))
+            for example in batch:
+                yield example.caption
         for kind in self._kinds.values():
             if captions.may_drop(self._subset_of(kind), dropout_rate=self._caption_dropout_rate):
-                texts[""] = None
-        return list(texts)
+                yield ""
+                return
 
     def captions_by_image(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """The key of each image that is used, with the texts that it may be shown with, without the empty one."""

@@ -91,7 +91,7 @@ class Session:
 
     def rehearse(self) -> None:
         """A step at the largest batches, forgotten: memory runs out here, or never. Raises SettingsError if it does."""
-        self.rehearsal().run(self.sampler.epoch(0).outline(), self.cache, self.sampler.all_captions())
+        self.rehearsal().run(self.sampler.epoch(0).outline(), self.cache, self.sampler.all_captions)
 
     def rehearsal(self) -> Rehearsal:
         return Rehearsal(

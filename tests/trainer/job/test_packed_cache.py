@@ -1,10 +1,9 @@
-"""A job whose cache is in packs, and in pieces, trains as one whose cache is files."""
+"""A job whose cache is in packs trains as one whose cache is files."""
 
 import json
 import logging
 
 from trainer.data import cache as caching
-from trainer.data import encode
 from trainer.job.run import run
 from trainer.training.stop_flag import StopFlag
 
@@ -30,7 +29,6 @@ def test_packs_and_files_train_alike_and_are_found_again(job_plan, tmp_path, mon
     files = trained(job_plan, tmp_path, "files", **options)
     assert len(files_of(tmp_path / "files cache")) > 8
     monkeypatch.setattr(caching, "PACKED_FROM", 1)
-    monkeypatch.setattr(encode, "PIECE", 3)
     packs = trained(job_plan, tmp_path, "packs", **options)
     assert {path.suffix for path in files_of(tmp_path / "packs cache")} == {".pack", ".index"}
     assert packs[0] == files[0] and len(packs[0]) == STEPS
