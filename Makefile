@@ -16,9 +16,10 @@ DEMO_sd3 := PARAMS_OPTIMIZER_TYPE=adamw PARAMS_LEARNING_RATE=5e-4 PARAMS_TIMESTE
 DEMO_z-image := $(DEMO_sd3)
 DEMO_flux2 := $(DEMO_sd3)
 DEMO_qwen-image := $(DEMO_sd3)
+DEMO_krea2 := $(DEMO_sd3)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test slow faults mutants same lint unit container readme lock clean
+.PHONY: demo test slow faults scale mutants same lint unit container readme lock clean
 
 # torch comes first and separately: whichever build this machine's pip offers. All else comes from locks with hashes.
 .venv/.runtime: requirements.lock
@@ -64,6 +65,15 @@ slow: .venv/.dev
 faults: .venv/.dev
 	$(BIN)/pytest -rf -s tests/faults tests/fuzz
 	$(BIN)/python tests/fuzz/run.py --inputs $(or $(INPUTS),1000000)
+
+# What grows with images, machines and GPUs: the costs of COUNTS images, jobs of several machines as network namespaces
+# (skipped where these cannot be made, with the reason), and where there is a GPU, a step on one and on all.
+scale: .venv/.dev
+	$(BIN)/python -m bench scale $(if $(COUNTS),--counts $(COUNTS),--counts 1000 10000 100000 1000000)
+	$(BIN)/pytest -rs tests/jobs/test_nodes.py
+	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
+	then $(BIN)/python -m bench gpus --family $(MODEL) --batch 1 4 --gpus $$($(BIN)/python -c "import torch; \
+	print(*(n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count()))"); fi
 
 # How many faults of one line the tests notice, by module, and those that they do not. MOST="0": every fault there is.
 mutants: .venv/.dev

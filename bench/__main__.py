@@ -20,6 +20,7 @@ minute: a person's whole job on several GPUs, and where each second goes
 reach: all targets of docs/performance.md, on all accelerators
 prepare: encoding images and captions, on one GPU and on several
 loading, scan: reading the cache, and scanning a dataset
+scale: seconds, memory and files of many images, and how they grow
 layouts: loading models from files of every layout
 state: writing states
 monitor: how much the monitor page slows training, with 20 viewers

@@ -68,7 +68,7 @@ def of_job(asked: argparse.Namespace, count: int, batch: int, workers: Workers) 
         # So often that each step has a batch for every process.
         order = epoch * workers.size
         random.Random(number).shuffle(order)
-        steps += [[by_id[id(each)] for each in step] for step in steps_of(order, workers.size)]
+        steps += [[by_id[id(order[place])] for place in step] for step in steps_of(order, workers.size)]
         for start in range(0, len(order), workers.size):
             at_random.append([by_id[id(each)] for each in order[start : start + workers.size]])
     times = list(job.train([step[workers.process_rank] for step in steps]))

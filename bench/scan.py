@@ -62,7 +62,7 @@ def measure(folder: Path, cpu_workers: int) -> dict[str, float]:
     sampler = EpochSampler(scan.images, data, seed=0)
     batches = sampler.epoch(0)
     views = sum(1 for _ in sampler.all_image_variants())
-    captions = len(sampler.all_captions())
+    captions = len(set(sampler.all_captions()))
     ordered = time.perf_counter()
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {

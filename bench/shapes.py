@@ -43,7 +43,7 @@ from entrypoint.system.hardware import detect
 from trainer.checkpoints.snapshots import Snapshots
 from trainer.data.batches import MicroBatch
 from trainer.data.buckets import bucket_sizes
-from trainer.data.epochs import Batch, Example
+from trainer.data.order.variants import Batch, Example
 from trainer.data.records import ImageRecord, View
 from trainer.engine.device import set_up, torch_dtype
 from trainer.engine.execution import Engine

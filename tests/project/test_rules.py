@@ -248,6 +248,7 @@ OPENS = {
     "trainer/base_model/without_weights.py": "files of a model, after `check_folder`",
     "trainer/checkpoints/state_files.py": "tensors, after their digest",
     "trainer/data/cache.py": "an item, after `is_regular`",
+    "trainer/data/packs/pack_file.py": "a new file of its own, and without waiting",
     "trainer/data/scan.py": "/proc",
     "trainer/families/miniatures/score.py": "its own images",
     "trainer/families/miniatures/tokens.py": "its own files",

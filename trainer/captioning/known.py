@@ -9,6 +9,7 @@ from pathlib import Path
 from trainer.captioning.requests import STAND_INS, identity, request_for, wanting
 from trainer.captioning.store import Made, Store
 from trainer.data.caption_files.find import find_captions
+from trainer.data.compact.image_table import ImageTable
 from trainer.data.folder_listing import list_folder
 from trainer.data.folders.own_output import Written
 from trainer.data.records import MADE_BY, WARNING, ImageRecord, Scan
@@ -53,7 +54,7 @@ def key_of(image: ImageRecord, data: DataPlan, captioner: CaptionerPlan, model: 
 
 def with_captions(scanned: Scan, answers: Answers, captioner: CaptionerPlan) -> Scan:
     """The scan with these captions in their places, and a note that says how many there are."""
-    images = []
+    images = ImageTable()
     named = []
     unusable = []
     for image in scanned.images:
@@ -78,7 +79,7 @@ def with_captions(scanned: Scan, answers: Answers, captioner: CaptionerPlan) -> 
             f"{WARNING}{captioner.name} has given no usable caption for {many(len(unusable), 'image')}: "
             f"{some(unusable)}. Write these yourself, or change CAPTION_PROMPT."
         )
-    return dataclasses.replace(scanned, images=tuple(images), notes=tuple(notes))
+    return dataclasses.replace(scanned, images=images, notes=tuple(notes))
 
 
 def with_captions_of(images: Iterable[ImageRecord], scanned: Scan) -> Scan:
@@ -107,14 +108,14 @@ def mark_own_work(scanned: Scan, data: DataPlan, cache: Path) -> Scan:
     if captioner is None or model is None or not captioner.write:
         return scanned
     store = Store(cache)
-    images = []
+    images = ImageTable()
     for image in scanned.images:
         if image.caption and not image.captioned_by:
             made = store.read(key_of(image, data, captioner, model))
             if made is not None and made.text == image.caption:
                 image = dataclasses.replace(image, captioned_by=made.model)
         images.append(image)
-    return dataclasses.replace(scanned, images=tuple(images))
+    return dataclasses.replace(scanned, images=images)
 
 
 def may_lack_captions(data: DataPlan, cache: Path, written: Written) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def request_for(subset: Subset, captioner: CaptionerPlan, model: str) -> Request
     return Request(model, prompt, trigger, captioner.words, captioner.max_tokens)
 
 
-def wanting(images: tuple[ImageRecord, ...], data: DataPlan) -> Iterator[ImageRecord]:
+def wanting(images: Iterable[ImageRecord], data: DataPlan) -> Iterator[ImageRecord]:
     """The images that the model captions, in their order."""
     captioner = data.captioner
     if captioner is None:

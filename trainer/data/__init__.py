@@ -7,12 +7,12 @@ The life of one image, which is also the order to read the modules in:
 2. `scan` reads and decodes every file once (`decode`), in other processes (`trainer.process.pool`), and takes captions
    from sidecar and metadata files (`caption_files`). `hygiene` says what is odd in how images look. Each image is used,
    with its SHA-256, its upright size and its caption, or skipped for a named reason. `records` has the classes that
-   describe it; `report` writes all of it for the user.
+   describe it, and `compact` keeps a million of them in little memory; `report` writes all of it for the user.
 3. `buckets` chooses the size that the image is trained at. Images of one bucket can share a batch.
 4. `epochs` draws the image's variants: up to 8 views (crop, flip, colours) and up to 8 captions (by the pipeline in
-   `captions`). `EpochSampler.epoch` picks one of each for every occurrence and groups these into batches.
+   `captions`). `EpochSampler.epoch` picks one of each for every occurrence and groups these into batches (`order`).
 5. `encode` fills the `cache`: `render` cuts the pixels of each view, the VAE turns them into latents, and the text
-   encoders turn each caption into embeddings. Then the encoders are freed.
+   encoders turn each caption into embeddings. Then the encoders are freed. Of many images the cache is in `packs`.
 6. `batches` reads one batch from the cache. The training step adds noise to its latents and computes the loss.
 
 `caption_length` names the captions that are longer than the text encoder reads.

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch
 
-from trainer.data import cache as caching
 from trainer.data.cache import Cache, Item
-from trainer.data.epochs import Batch, Example
+from trainer.data.order.variants import Batch, Example
 
 T = TypeVar("T")
 
@@ -72,8 +71,8 @@ def micro_batch(cache: Cache, batch: Batch, lengths: Mapping[str, int] | None = 
     images: list[Item] = []
     texts: list[Item] = []
     for example in batch:
-        images.append(caching.load(cache.image_path(example.image, example.view)))
-        texts.append(caching.load(cache.text_path(example.caption)))
+        images.append(cache.load(cache.image_path(example.image, example.view)))
+        texts.append(cache.load(cache.text_path(example.caption)))
     mask_B1HW = None
     if any("mask" in image for image in images):
         ones_1HW = torch.ones(1, *images[0]["moments"].shape[-2:])
@@ -120,22 +119,18 @@ def stack_texts(items: list[Item], lengths: Mapping[str, int] | None = None) -> 
     return text
 
 
-def longest_caption(captions: Sequence[str], cache: Cache) -> str | None:
+def longest_caption(captions: Iterable[str], cache: Cache) -> str | None:
     """The caption with the most tokens; None where all have as many, as in most families."""
-    sizes = _sizes(captions, cache)
-    if len(set(sizes.values())) < 2:
-        return None
-    return max(sizes, key=lambda caption: sizes[caption])
+    found = _shortest_and_longest(captions, cache)
+    return found[1] if found else None
 
 
-def text_lengths(captions: Sequence[str], cache: Cache) -> dict[str, int]:
+def text_lengths(captions: Iterable[str], cache: Cache) -> dict[str, int]:
     """Name of a tensor → its rows in the longest of `captions`, for the tensors that are not equally long in all."""
-    longest = longest_caption(captions, cache)
-    if longest is None:
+    found = _shortest_and_longest(captions, cache)
+    if found is None:
         return {}
-    sizes = _sizes(captions, cache)
-    shortest = min(sizes, key=lambda caption: sizes[caption])
-    long_item, short_item = (caching.load(cache.text_path(caption)) for caption in (longest, shortest))
+    short_item, long_item = (cache.load(cache.text_path(caption)) for caption in found)
     lengths = {}
     for name, tensor in long_item.items():
         if tensor.ndim and len(tensor) != len(short_item[name]):
@@ -143,9 +138,19 @@ def text_lengths(captions: Sequence[str], cache: Cache) -> dict[str, int]:
     return lengths
 
 
-def _sizes(captions: Sequence[str], cache: Cache) -> dict[str, int]:
-    """The bytes of each caption's file: they grow with its tokens."""
-    return {caption: cache.text_path(caption).stat().st_size for caption in captions}
+def _shortest_and_longest(captions: Iterable[str], cache: Cache) -> tuple[str, str] | None:
+    """By the bytes of their items, which grow with the tokens; None where all have as many."""
+    shortest: tuple[int, str] | None = None
+    longest: tuple[int, str] | None = None
+    for caption in captions:
+        size = cache.size(cache.text_path(caption))
+        if shortest is None or size < shortest[0]:
+            shortest = (size, caption)
+        if longest is None or size > longest[0]:
+            longest = (size, caption)
+    if shortest is None or longest is None or shortest[0] == longest[0]:
+        return None
+    return shortest[1], longest[1]
 
 
 def geometry(example: Example) -> tuple[int, int, int, int, int, int]:

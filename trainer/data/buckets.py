@@ -8,6 +8,7 @@ bring.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -34,13 +35,15 @@ def fit(image: Size, dataset: Dataset) -> Fit | None:
         return _cover(image, dataset.resolution)
     if dataset.bucket_no_upscale:
         return _without_enlarging(image, dataset.resolution, dataset.bucket_reso_steps)
-    sizes = bucket_sizes(
-        dataset.resolution,
-        smallest=dataset.min_bucket_reso,
-        largest=dataset.max_bucket_reso,
-        step=dataset.bucket_reso_steps,
+    size = _nearest_bucket(
+        image, dataset.resolution, dataset.min_bucket_reso, dataset.max_bucket_reso, dataset.bucket_reso_steps
     )
-    return _cover(image, nearest(image, sizes))
+    return _cover(image, size)
+
+
+@functools.lru_cache(1 << 14)  # a million images have some thousand sizes
+def _nearest_bucket(image: Size, resolution: Size, smallest: int, largest: int, step: int) -> Size:
+    return nearest(image, bucket_sizes(resolution, smallest=smallest, largest=largest, step=step))
 
 
 def bucket_sizes(resolution: Size, *, smallest: int, largest: int, step: int) -> tuple[Size, ...]:

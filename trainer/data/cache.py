@@ -5,13 +5,19 @@ its view, or the caption; and the weights of the encoder. So nothing in the cach
 share a cache: files are written atomically. An item whose bytes are not what was written is encoded again. Memory does
 not grow with the number of images.
 
+Of a run with PACKED_FROM items and more, the items are in packs (`trainer.data.packs`), each with the same bytes that
+its file would have. They are read from either, and checked when they are read.
+
 Letters: B images, H × W pixels, h × w latents, C channels of the latents.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import itertools
+import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,14 +28,21 @@ from typing import TypeVar
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as load_bytes
+from safetensors.torch import load_file, save, save_file
 
 from trainer.data.decode import UnusableImageError
+from trainer.data.packs import pack_file
+from trainer.data.packs.pack_file import PackWriter
+from trainer.data.packs.pack_folder import PackedItem, PackFolder
 from trainer.data.records import ImageRecord, View
 from trainer.data.render import render, render_mask
+from trainer.spec.errors import UnreachableError
 from trainer.storage import atomic, digests
 from trainer.storage.read import is_regular
 
+PACKS = "packs"  # a folder beside those of the files
+PACKED_FROM = 2_000  # items of a run, images or captions: fewer are a file each
 VERSION = 1  # of the files' content; a change of it encodes everything again
 Item = dict[str, torch.Tensor]
 Variant = tuple[ImageRecord, View]
@@ -57,6 +70,64 @@ class Cache:
         """The file of one caption's embeddings, under the family's names."""
         return self._path("text", digests.digest({"caption": caption, "encoders": self.encoders, "version": VERSION}))
 
+    @functools.cached_property
+    def _packs(self) -> dict[str, PackFolder]:
+        return {kind: PackFolder(self.folder / kind / PACKS) for kind in ("latents", "text")}
+
+    def _packed(self, path: Path) -> PackedItem | None:
+        """The item of this path, if it is in a pack."""
+        packs = self._packs.get(path.parent.parent.name)
+        return packs.find(bytes.fromhex(path.stem)) if packs else None
+
+    def refresh(self) -> None:
+        """Take in packs that other processes have written."""
+        for packs in self._packs.values():
+            packs.refresh()
+
+    def has(self, path: Path) -> bool:
+        """Whether the item of this path is in a pack, or is a file that is intact."""
+        return self._packed(path) is not None or _is_intact(path)
+
+    def size(self, path: Path) -> int:
+        """Bytes of an item."""
+        packed = self._packed(path)
+        return packed.length if packed else path.stat().st_size
+
+    def load(self, path: Path) -> Item:
+        """One item's tensors. Raises UnreachableError for a damaged one in a pack: the next start encodes it again."""
+        packed = self._packed(path)
+        if packed is None and not path.exists():  # another process may have written it
+            self.refresh()
+            packed = self._packed(path)
+        if packed is None:
+            return load(path)
+        try:
+            return _unpacked(packed.read())
+        except (ValueError, SafetensorError) as problem:
+            pack_file.list_damaged(packed.pack, packed.key)
+            raise UnreachableError(
+                f"The cache is damaged: {packed.pack} is not what was written ({problem}). Fix: start again, "
+                "and it is encoded anew."
+            ) from problem
+
+    @contextlib.contextmanager
+    def writing(self, *, packed: bool) -> Iterator[Callable[[Path, Item], None]]:
+        """Yields what stores the item of a path: as a file, or `packed`."""
+        if not packed:
+            yield _write
+            return
+        writers = {kind: PackWriter(packs.folder) for kind, packs in self._packs.items()}
+
+        def write(path: Path, item: Item) -> None:
+            writers[path.parent.parent.name].add(bytes.fromhex(path.stem), _bytes(item))
+
+        try:
+            yield write
+        finally:
+            for writer in writers.values():
+                writer.close()
+            self.refresh()
+
     def _path(self, subfolder: str, key: str) -> Path:
         # Two letters of the hash make 256 folders: network volumes list large folders slowly.
         return self.folder / subfolder / key[:2] / f"{key}.safetensors"
@@ -80,12 +151,23 @@ class Share:
 ALONE = Share()
 
 
-def find_missing(items: Sequence[A], place: Callable[[A], Path], share: Share = ALONE, *, threads: int = 1) -> list[A]:
-    """Those of `items` whose file, at `place`, is missing or damaged; each process of `share` looks at its part."""
+def find_missing(
+    items: Sequence[A],
+    place: Callable[[A], Path],
+    share: Share = ALONE,
+    *,
+    threads: int = 1,
+    has: Callable[[Path], bool] | None = None,
+) -> list[A]:
+    """Those of `items` whose item, at `place`, is missing or damaged; each process of `share` looks at its part.
+
+    `has`: whether an item is there; by default, whether there is an intact file.
+    """
+    has = has or _is_intact
     is_missing = [0] * len(items)
     own = range(share.index, len(items), share.count)
     with ThreadPoolExecutor(threads) as pool:
-        for i, is_intact in _map_ahead(pool, lambda i: _is_intact(place(items[i])), own):
+        for i, is_intact in _map_ahead(pool, lambda i: has(place(items[i])), own):
             is_missing[i] = int(not is_intact)
     return [item for item, missing in zip(items, share.merge(is_missing), strict=True) if missing]
 
@@ -99,6 +181,7 @@ def encode_images(
     max_megapixels: float,
     check_in: Callable[[], None],
     share: Share = ALONE,
+    packed: bool = False,
 ) -> tuple[int, list[tuple[ImageRecord, str]]]:
     """Encode this process's part of the variants; return how many it encoded, and its unusable images with reasons.
 
@@ -109,7 +192,7 @@ def encode_images(
     encoded = 0
     unusable: list[tuple[ImageRecord, str]] = []
     batches = list(_batches(variants, max_megapixels))[share.index :: share.count]
-    with ThreadPoolExecutor(cpu_workers) as pool:
+    with ThreadPoolExecutor(cpu_workers) as pool, cache.writing(packed=packed) as write:
         results = _map_ahead(pool, _render, itertools.chain.from_iterable(batches))
         for batch in batches:
             check_in()
@@ -120,13 +203,16 @@ def encode_images(
                 else:
                     rendered.append((variant, result))
             if rendered:
-                _encode_batch(cache, rendered, encode)
+                _encode_batch(cache, rendered, encode, write)
             encoded += len(rendered)
     return encoded, unusable
 
 
 def _encode_batch(
-    cache: Cache, rendered: Sequence[tuple[Variant, Pixels]], encode: Callable[[torch.Tensor], torch.Tensor]
+    cache: Cache,
+    rendered: Sequence[tuple[Variant, Pixels]],
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    write: Callable[[Path, Item], None],
 ) -> None:
     """Encode images of one size together and write each to the cache."""
     pixels_BHWC = torch.from_numpy(np.stack([pixels for _, (pixels, _) in rendered]))
@@ -135,7 +221,7 @@ def _encode_batch(
         item = {"moments": moments_Dhw}
         if mask is not None:
             item["mask"] = _shrink_mask(mask, moments_Dhw.shape[-2:])
-        _write(cache.image_path(image, view), item)
+        write(cache.image_path(image, view), item)
 
 
 def encode_texts(
@@ -146,15 +232,17 @@ def encode_texts(
     batch_size: int,
     check_in: Callable[[], None],
     share: Share = ALONE,
+    packed: bool = False,
 ) -> int:
     """Encode this process's part of the captions; return how many. `check_in` is called between batches, may raise."""
     encoded = 0
-    for start in range(share.index * batch_size, len(captions), share.count * batch_size):
-        check_in()
-        batch = list(captions[start : start + batch_size])
-        for caption, item in zip(batch, encode(batch), strict=True):
-            _write(cache.text_path(caption), item)
-        encoded += len(batch)
+    with cache.writing(packed=packed) as write:
+        for start in range(share.index * batch_size, len(captions), share.count * batch_size):
+            check_in()
+            batch = list(captions[start : start + batch_size])
+            for caption, item in zip(batch, encode(batch), strict=True):
+                write(cache.text_path(caption), item)
+            encoded += len(batch)
     return encoded
 
 
@@ -164,7 +252,7 @@ def any_missing(paths: Iterable[Path]) -> bool:
 
 
 def load(path: Path) -> Item:
-    """One item's tensors."""
+    """The tensors of one item that is a file."""
     item: Item = load_file(path)
     return item
 
@@ -221,6 +309,22 @@ def _write(path: Path, item: Item) -> None:
     contiguous = {key: tensor.contiguous() for key, tensor in item.items()}
     with atomic.replacing(path, shared=True) as temporary:
         save_file(contiguous, temporary, metadata={"sha256": _hash(contiguous)})
+
+
+def _bytes(item: Item) -> bytes:
+    """What `_write` would write."""
+    contiguous = {key: tensor.contiguous() for key, tensor in item.items()}
+    return save(contiguous, metadata={"sha256": _hash(contiguous)})
+
+
+def _unpacked(data: bytes) -> Item:
+    """The tensors of an item. Raises ValueError and SafetensorError where they are not what was written."""
+    item: Item = load_bytes(data)
+    length = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    if metadata.get("sha256") != _hash(item):
+        raise ValueError("its digest is another")
+    return item
 
 
 def _is_intact(path: Path) -> bool:

@@ -6,8 +6,10 @@ a comma. Where a model has several encoders, the one that reads most counts: the
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from trainer.spec.values import printable
 SHOWN_CAPTIONS = 5  # in the log; the report has all
 # What CLIP's tokenizer splits a text into before it looks for tokens: endings like 's, words, single digits, marks.
 CLIP_PIECES = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\w\s]|_)+", re.IGNORECASE)
+REMEMBERED_TEXTS = 1 << 16
 SHOWN_CHARACTERS = 40  # of a caption, on each side of the cut
 
 
@@ -121,7 +124,11 @@ def least_tokens(text: str, *, reader: str) -> int:
 
 
 def describe_surely_cut(
-    facts: Facts, captions: Mapping[str, Sequence[str]], prompts: Sequence[Prompt], *, max_tokens: int = CLIP_TOKENS
+    facts: Facts,
+    captions: Iterable[tuple[str, Sequence[str]]],
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int = CLIP_TOKENS,
 ) -> list[str]:
     """Lines for the log: the captions and prompts that are too long in any case, as far as that is known without the
     model's tokenizer. `captions` as for `find_cuts`.
@@ -129,11 +136,11 @@ def describe_surely_cut(
     name, limit = max(facts.text_readers.values(), key=lambda reader: reader[1])
     if max_tokens != CLIP_TOKENS:
         limit = max_tokens + 2
-    texts = {image: own for image, own in captions.items() if own}
-    for number, prompt in enumerate(prompts):
-        texts[f"prompt {number}"] = (prompt.text,)
+    of_prompts = [(f"prompt {number}", (prompt.text,)) for number, prompt in enumerate(prompts)]
     long: list[str] = []
-    for place, own in texts.items():
+    for place, own in itertools.chain(captions, of_prompts):
+        if not own:
+            continue
         count = max(least_tokens(text, reader=name) for text in own)
         if count > limit:
             long.append(f"{printable(place)} ({count} tokens or more)")
@@ -153,15 +160,13 @@ def describe_surely_cut(
     ]
 
 
-def find_cuts(reader: Reader, captions: Mapping[str, Sequence[str]]) -> dict[str, Cut]:
+def find_cuts(reader: Reader, captions: Iterable[tuple[str, Sequence[str]]]) -> dict[str, Cut]:
     """Images → the longest of their captions, if it is cut. `captions`: all that each image may be trained with."""
-    known: dict[str, Cut | None] = {}
+    cut_of = functools.lru_cache(REMEMBERED_TEXTS)(reader.cut)  # many images may have the same caption
     cuts: dict[str, Cut] = {}
-    for image, texts in captions.items():
+    for image, texts in captions:
         for text in texts:
-            if text not in known:
-                known[text] = reader.cut(text)
-            cut = known[text]
+            cut = cut_of(text)
             if cut is not None and (image not in cuts or cut.tokens > cuts[image].tokens):
                 cuts[image] = cut
     return cuts

@@ -14,43 +14,40 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from trainer.data import captions
-from trainer.data.buckets import Fit, Size, fit
+from trainer.data.buckets import Fit, fit
+from trainer.data.compact.columns import FewValues
+from trainer.data.compact.image_table import Chosen
+from trainer.data.order.epoch import DROPPED, Drawn, Epoch
+from trainer.data.order.variants import (
+    Batch,
+    Bucket,
+    Example,
+    Variants,
+    centre_view,
+    count_views,
+    draw_captions,
+    draw_views,
+    generator,
+)
 from trainer.data.records import ImageRecord, View
 from trainer.spec.errors import DataError
 from trainer.spec.plan import VARIANTS, DataPlan, Subset
 from trainer.spec.rules import outlook
 
-COLOUR_SHARE = 1 / 3  # of the views with color_aug, how many change the colours; as in sd-scripts
 
+class _Kind(NamedTuple):
+    """All that images have alike which take the same steps."""
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One occurrence of an image in an epoch."""
-
-    image: ImageRecord
-    view: View
-    caption: str  # after the caption pipeline
-    weight: float = 1.0  # of the loss
-
-
-Batch = tuple[Example, ...]  # all of one dataset and one size
-Bucket = tuple[int, Size]  # index of the dataset, size in pixels
-
-
-@dataclass(frozen=True, slots=True)
-class _Variants:
-    """The pool that an image's occurrences draw from. An entry that is given twice is twice as likely."""
-
-    image: ImageRecord
-    views: tuple[View, ...]
-    captions: tuple[str, ...]
-    repeats: int  # occurrences an epoch
-    weight: float
+    bucket: Bucket
+    subset: int  # in its dataset
+    views: int  # in the pool of each
+    has_mask: bool
 
 
 class EpochSampler:
@@ -60,8 +57,8 @@ class EpochSampler:
     regularisation images. Raises DataError if a validation split leaves nothing to train on.
     """
 
-    held_out: list[ImageRecord]  # never trained on; the validation loss is measured on them
-    unused: tuple[ImageRecord, ...]  # regularisation images in excess of the other images
+    held_out: Sequence[ImageRecord]  # never trained on; the validation loss is measured on them
+    unused: int  # how many regularisation images in excess of the other images
     buckets: Counter[Bucket]  # examples an epoch in each bucket
 
     def __init__(
@@ -76,19 +73,24 @@ class EpochSampler:
         self._data = data
         self._seed = seed
         self._caption_dropout_rate = caption_dropout_rate
+        self._prior_loss_weight = prior_loss_weight
         training, self.held_out = split(images, data, seed=seed)
         if not training:
             raise DataError("No image to train on. Add images, or lower validation_split.")
         repeats = _repeats(training, data)
-        self.unused = tuple(image for image in training if repeats[image.key] == 0)
-        self._variants: list[_Variants] = []
-        for image in training:
-            if repeats[image.key] > 0:
-                weight = prior_loss_weight if self._subset(image).is_reg else 1.0
-                self._variants.append(self._draw_variants(image, repeats[image.key], weight=weight))
+        self.unused = sum(count == 0 for count in repeats)
+        self._training = training
+        self._places = array("I")  # of the images that are used, in `training`
+        self._counts = array("I")  # how often each occurs in an epoch
+        self._kinds: FewValues[_Kind] = FewValues()
         self.buckets = Counter()
-        for variants in self._variants:
-            self.buckets[variants.image.dataset, variants.views[0].size] += variants.repeats
+        for place, image in enumerate(training):
+            if repeats[place] > 0:
+                kind = self._kind(image)
+                self._places.append(place)
+                self._counts.append(repeats[place])
+                self._kinds.append(kind)
+                self.buckets[kind.bucket] += repeats[place]
 
     @property
     def batches_per_epoch(self) -> int:
@@ -106,33 +108,47 @@ class EpochSampler:
     @property
     def subject_examples_per_epoch(self) -> int:
         """The same without those of regularisation images."""
-        return sum(v.repeats for v in self._variants if not self._subset(v.image).is_reg)
+        total = 0
+        for place, count in enumerate(self._counts):
+            if not self._subset_of(self._kinds[place]).is_reg:
+                total += count
+        return total
 
-    def epoch(self, number: int) -> list[Batch]:
+    def epoch(self, number: int) -> Epoch:
         """The batches of an epoch, counted from 0, in order. The same for the same seed and number.
 
         Images are shuffled within their bucket, then cut into batches, then the batches of all buckets are shuffled.
         """
         rng = random.Random(f"{self._seed}/epoch/{number}")
-        groups: dict[Bucket, list[Example]] = defaultdict(list)
-        for variants in self._variants:
-            for _ in range(variants.repeats):
-                example = self._draw_example(variants, rng, number)
-                groups[example.image.dataset, example.view.size].append(example)
-        batches: list[Batch] = []
-        for (dataset, _), examples in groups.items():
-            rng.shuffle(examples)
-            batches += _batches(examples, self._data.datasets[dataset].batch_size)
-        rng.shuffle(batches)
-        return batches
+        drawn = Drawn()
+        groups: dict[Bucket, array[int]] = {}
+        for place, count in enumerate(self._counts):
+            kind = self._kinds[place]
+            subset = self._subset_of(kind)
+            for _ in range(count):
+                view = rng.choice(range(kind.views))
+                caption = rng.choice(range(subset.caption_variants))
+                if captions.dropped(subset, rng=rng, epoch=number, dropout_rate=self._caption_dropout_rate):
+                    caption = DROPPED
+                groups.setdefault(kind.bucket, array("I")).append(drawn.append(place, view, caption))
+        epoch = Epoch(drawn, self._pool, self._kinds.__getitem__)
+        for (dataset, _), occurrences in groups.items():
+            rng.shuffle(occurrences)
+            epoch.add_bucket(occurrences, self._data.datasets[dataset].batch_size)
+        rng.shuffle(epoch.order)
+        return epoch
+
+    def pools(self) -> Iterator[Variants]:
+        """What each image that is trained on may look like."""
+        return map(self._pool, range(len(self._places)))
 
     def validation(self) -> list[Batch]:
         """The held-out images, each once, cropped at the centre, with one variant of the caption. Never varies."""
         groups: dict[Bucket, list[Example]] = defaultdict(list)
         for image in self.held_out:
             subset = self._subset(image)
-            view = _centre_view(self._fit(image), subset)
-            caption = captions.compose_caption(image.caption, subset, self._rng("caption", image))
+            view = centre_view(self._fit(image), subset)
+            caption = captions.compose_caption(image.caption, subset, generator(self._seed, "caption", image))
             groups[image.dataset, view.size].append(Example(image, view, caption))
         batches: list[Batch] = []
         for (dataset, _), examples in groups.items():
@@ -144,41 +160,62 @@ class EpochSampler:
 
         Those of one size together, so that the VAE can encode several at once.
         """
-        for variants in sorted(self._variants, key=lambda v: (v.image.dataset, v.views[0].size)):
+        for place in sorted(range(len(self._places)), key=lambda place: self._kinds[place].bucket):
+            variants = self._pool(place)
             for view in dict.fromkeys(variants.views):
                 yield variants.image, view
         for batch in self.validation():
             for example in batch:
                 yield example.image, example.view
 
-    def all_captions(self) -> list[str]:
-        """Each text that `epoch` and `validation` may use, once; "" among them where captions may be dropped."""
-        texts: dict[str, None] = {}
-        for variants in self._variants:
-            texts.update(dict.fromkeys(variants.captions))
-        for batch in self.validation():
-            texts.update(dict.fromkeys(example.caption for example in batch))
-        for variants in self._variants:
-            if captions.may_drop(self._subset(variants.image), dropout_rate=self._caption_dropout_rate):
-                texts[""] = None
-        return list(texts)
+    def count_views(self) -> int:
+        """How many `all_image_variants` gives, at most."""
+        return sum(self._kinds[place].views for place in range(len(self._places))) + len(self.held_out)
 
-    def captions_by_image(self) -> dict[str, tuple[str, ...]]:
-        """The key of each image that is used → the texts that it may be shown with, without the empty one."""
-        texts: dict[str, dict[str, None]] = {}
-        for variants in self._variants:
-            texts.setdefault(variants.image.key, {}).update(dict.fromkeys(variants.captions))
+    def all_captions(self) -> Iterator[str]:
+        """The texts that `epoch` and `validation` may use; "" among them where captions may be dropped.
+
+        One by one, and a text as often as it is a caption: all together may be gigabytes.
+        """
+        for variants in self.pools():
+            yield from dict.fromkeys(variants.captions)
         for batch in self.validation():
             for example in batch:
-                texts.setdefault(example.image.key, {})[example.caption] = None
-        return {key: tuple(text for text in own if text) for key, own in texts.items()}
+                yield example.caption
+        for kind in self._kinds.values():
+            if captions.may_drop(self._subset_of(kind), dropout_rate=self._caption_dropout_rate):
+                yield ""
+                return
+
+    def captions_by_image(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """The key of each image that is used, with the texts that it may be shown with, without the empty one."""
+        for variants in self.pools():
+            yield variants.image.key, tuple(text for text in dict.fromkeys(variants.captions) if text)
+        for batch in self.validation():
+            for example in batch:
+                yield example.image.key, (example.caption,) if example.caption else ()
+
+    def shown(self, images: Sequence[ImageRecord]) -> dict[str, tuple[tuple[View, ...], tuple[str, ...]]]:
+        """The keys of those of `images` that are used → their views and captions, each once, without the empty one."""
+        keys = {image.key for image in images}
+        found = {}
+        for place in range(len(self._places)):
+            if self._training[self._places[place]].key in keys:
+                pool = self._pool(place)
+                texts = tuple(text for text in dict.fromkeys(pool.captions) if text)
+                found[pool.image.key] = (tuple(dict.fromkeys(pool.views)), texts)
+        for batch in self.validation():
+            for example in batch:
+                if example.image.key in keys:
+                    found[example.image.key] = ((example.view,), (example.caption,) if example.caption else ())
+        return found
 
     def describe(self) -> list[str]:
         """For the log: the size of an epoch, its shapes, and which subsets vary in how many variants."""
         lines = []
-        if self.examples_per_epoch != len(self._variants):
+        if self.examples_per_epoch != len(self._places):
             lines.append(
-                f"{len(self._variants)} images × repeats = {self.examples_per_epoch} examples an epoch, "
+                f"{len(self._places)} images × repeats = {self.examples_per_epoch} examples an epoch, "
                 f"{self.batches_per_epoch} batches."
             )
         if self.held_out:
@@ -188,7 +225,7 @@ class EpochSampler:
             which = f"Dataset {d}: " if len(self._data.datasets) > 1 else ""
             lines.append(f"{which}{outlook.describe_shapes(shapes)}")
         if self.unused:
-            lines.append(f"{len(self.unused)} regularisation images are not used: there are more of them than others.")
+            lines.append(f"{self.unused} regularisation images are not used: there are more of them than others.")
         for d, dataset in enumerate(self._data.datasets):
             for s, subset in enumerate(dataset.subsets):
                 lines += [f"Subset {d}.{s}: {text}" for text in _describe_variants(subset, self._caption_dropout_rate)]
@@ -197,31 +234,30 @@ class EpochSampler:
     def _subset(self, image: ImageRecord) -> Subset:
         return self._data.datasets[image.dataset].subsets[image.subset]
 
+    def _subset_of(self, kind: _Kind) -> Subset:
+        return self._data.datasets[kind.bucket[0]].subsets[kind.subset]
+
     def _fit(self, image: ImageRecord) -> Fit:
         result = fit((image.width, image.height), self._data.datasets[image.dataset])
         assert result is not None  # the scan has skipped images that do not fit
         return result
 
-    def _rng(self, use: str, image: ImageRecord) -> random.Random:
-        return random.Random(f"{self._seed}/{use}/{image.key}")
+    def _kind(self, image: ImageRecord) -> _Kind:
+        cut = self._fit(image)
+        views = count_views(cut, self._subset(image))
+        return _Kind((image.dataset, cut.size), image.subset, views, image.mask_sha256 is not None)
 
-    def _draw_variants(self, image: ImageRecord, repeats: int, *, weight: float) -> _Variants:
+    def _pool(self, place: int) -> Variants:
+        image = self._training[self._places[place]]
         subset = self._subset(image)
-        views = _draw_views(self._fit(image), subset, self._rng("view", image))
-        rng = self._rng("caption", image)
-        texts = [captions.compose_caption(image.caption, subset, rng) for _ in range(subset.caption_variants)]
-        return _Variants(image, views, tuple(texts), repeats, weight)
-
-    def _draw_example(self, variants: _Variants, rng: random.Random, epoch: int) -> Example:
-        view = rng.choice(variants.views)
-        caption = rng.choice(variants.captions)
-        subset = self._subset(variants.image)
-        if captions.dropped(subset, rng=rng, epoch=epoch, dropout_rate=self._caption_dropout_rate):
-            caption = ""
-        return Example(variants.image, view, caption, variants.weight)
+        weight = self._prior_loss_weight if subset.is_reg else 1.0
+        views = draw_views(self._fit(image), subset, image, self._seed)
+        return Variants(image, views, draw_captions(image, subset, self._seed), self._counts[place], weight)
 
 
-def split(images: Sequence[ImageRecord], data: DataPlan, *, seed: int) -> tuple[list[ImageRecord], list[ImageRecord]]:
+def split(
+    images: Sequence[ImageRecord], data: DataPlan, *, seed: int
+) -> tuple[Sequence[ImageRecord], Sequence[ImageRecord]]:
     """Images to train on, and those held out: `validation_split` of each dataset, at least one where it is above 0.
 
     Chosen by content and seed, so that copies of an image and the same image at another resolution stay together;
@@ -243,9 +279,14 @@ def split(images: Sequence[ImageRecord], data: DataPlan, *, seed: int) -> tuple[
             )
         held_out |= {(d, sha256) for sha256 in ranked[:count]}
     held_out_anywhere = {sha256 for _, sha256 in held_out}
-    training = [image for image in images if image.sha256 not in held_out_anywhere]
-    validation = [image for image in images if (image.dataset, image.sha256) in held_out]
-    return training, validation
+    training = array("I")
+    validation = array("I")
+    for place, image in enumerate(images):
+        if image.sha256 not in held_out_anywhere:
+            training.append(place)
+        if (image.dataset, image.sha256) in held_out:
+            validation.append(place)
+    return Chosen(images, training), Chosen(images, validation)
 
 
 def _salted(sha256: str, salt: int) -> bytes:
@@ -256,59 +297,32 @@ def _batches(examples: Sequence[Example], size: int) -> list[Batch]:
     return [tuple(examples[i : i + size]) for i in range(0, len(examples), size)]
 
 
-def _repeats(images: Sequence[ImageRecord], data: DataPlan) -> dict[str, int]:
-    """How often each image (by key) occurs in an epoch.
+def _repeats(images: Sequence[ImageRecord], data: DataPlan) -> array[int]:
+    """How often each image occurs in an epoch, by its place.
 
     In each dataset the regularisation images take turns until they are as many as the others (DreamBooth).
     """
-    repeats = {image.key: data.datasets[image.dataset].subsets[image.subset].num_repeats for image in images}
-    for d, dataset in enumerate(data.datasets):
-        regular: list[str] = []  # keys of the regularisation images
-        wanted = 0  # occurrences of the others
-        for image in images:
-            if image.dataset != d:
-                continue
-            if dataset.subsets[image.subset].is_reg:
-                regular.append(image.key)
-            else:
-                wanted += repeats[image.key]
-        if not regular or wanted == 0:
+    repeats = array("Q")
+    regular: dict[int, array[int]] = {}  # dataset → places of its regularisation images
+    wanted: Counter[int] = Counter()  # dataset → occurrences of the others
+    for place, image in enumerate(images):
+        subset = data.datasets[image.dataset].subsets[image.subset]
+        repeats.append(subset.num_repeats)
+        if subset.is_reg:
+            regular.setdefault(image.dataset, array("Q")).append(place)
+        else:
+            wanted[image.dataset] += subset.num_repeats
+    for dataset, places in regular.items():
+        if not wanted[dataset]:
             continue
-        turns: list[str] = []  # the first occurrence of each, then the second ones, …
-        for turn in range(max(repeats[key] for key in regular)):
-            turns += [key for key in regular if repeats[key] > turn]
-        repeats.update(dict.fromkeys(regular, 0))
-        for i in range(wanted):
+        turns = array("Q")  # the first occurrence of each, then the second ones, …
+        for turn in range(max(repeats[place] for place in places)):
+            turns.extend(place for place in places if repeats[place] > turn)
+        for place in places:
+            repeats[place] = 0
+        for i in range(wanted[dataset]):
             repeats[turns[i % len(turns)]] += 1
     return repeats
-
-
-def _centre_view(cut: Fit, subset: Subset) -> View:
-    """The view without any augmentation."""
-    left = (cut.scaled[0] - cut.size[0]) // 2
-    top = (cut.scaled[1] - cut.size[1]) // 2
-    return View(cut.size, cut.scaled, (left, top), interpolation=subset.resize_interpolation)
-
-
-def _draw_views(cut: Fit, subset: Subset, rng: random.Random) -> tuple[View, ...]:
-    """The pool of an image's views: half of them flipped with flip_aug."""
-    centre = _centre_view(cut, subset)
-    spare = (cut.scaled[0] - cut.size[0], cut.scaled[1] - cut.size[1])  # pixels by which a crop can move
-    if not subset.color_aug and not (subset.random_crop and any(spare)):
-        if subset.flip_aug:
-            return centre, replace(centre, flip=True)
-        return (centre,)
-    views = []
-    for i in range(VARIANTS):
-        offset = centre.offset
-        if subset.random_crop:
-            offset = (rng.randint(0, spare[0]), rng.randint(0, spare[1]))
-        # Both are drawn with or without color_aug: the key does not move the crops.
-        changes_colour = rng.random() < COLOUR_SHARE
-        seed = rng.getrandbits(32)
-        colour = seed if subset.color_aug and changes_colour else None
-        views.append(replace(centre, offset=offset, flip=subset.flip_aug and i % 2 == 1, colour=colour))
-    return tuple(views)
 
 
 def _describe_variants(subset: Subset, dropout_rate: float) -> list[str]:

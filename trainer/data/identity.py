@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
 
 from trainer.data.records import ImageRecord
 from trainer.spec.rules.resume_rules import Changes
@@ -18,18 +19,45 @@ from trainer.storage.run_records import Run
 PARTS = ("image", "mask", "caption", "repeats in its folder's name")
 
 
+# Images up to which a fingerprint has each by its name, which takes some 200 bytes of every state. Above, it has GROUPS
+# sums: the names of a million images would be most of what a save writes.
+MOST_NAMED = 50_000
+GROUPS = 1024
+COUNT = "images"  # a key of a fingerprint in groups. The keys of images have a /
+
+
 def fingerprint(images: Iterable[ImageRecord]) -> dict[str, str]:
     """Each image's key → digests of its bytes, its mask and its caption. Equal dicts mean equal datasets.
 
-    Holds no local path: a run may resume on another machine. It is part of a saved state, so its form is fixed.
+    Of more than MOST_NAMED images, `in_groups` of that. Holds no local path: a run may resume on another machine. It is
+    part of a saved state, so its form is fixed.
     """
-    prints = {}
+    prints = _prints(images)
+    named = dict(itertools.islice(prints, MOST_NAMED + 1))
+    if len(named) <= MOST_NAMED:
+        return named
+    return in_groups(itertools.chain(named.items(), prints))
+
+
+def in_groups(prints: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The number of images, and for each group of keys the sum of the digests of its images: whatever their order."""
+    sums = [0] * GROUPS
+    count = 0
+    for key, text in prints:
+        count += 1
+        name = key.encode("utf-8", "surrogatepass")
+        digest = hashlib.sha256(name + b"\0" + text.encode("utf-8", "surrogatepass")).digest()
+        sums[zlib.crc32(name) % GROUPS] += int.from_bytes(digest, "big")
+    groups = {f"group {number}": f"{total % 2**256:064x}" for number, total in enumerate(sums)}
+    return {COUNT: str(count), **groups}
+
+
+def _prints(images: Iterable[ImageRecord]) -> Iterator[tuple[str, str]]:
     for image in images:
         digests = [image.sha256, image.mask_sha256 or "-", _caption_digest(image.caption)]
         if image.convention is not None:
             digests.append(image.convention)
-        prints[image.key] = " ".join(digests)
-    return prints
+        yield image.key, " ".join(digests)
 
 
 def fingerprint_differences(old: dict[str, str], new: dict[str, str], *, limit: int = 10) -> list[str]:
@@ -37,6 +65,8 @@ def fingerprint_differences(old: dict[str, str], new: dict[str, str], *, limit: 
 
     `old` and `new`: fingerprints; that of a run is in its states, as `data`.
     """
+    if COUNT in old or COUNT in new:
+        return _differing_groups(old, new)
     lines = []
     moved = _moved(old, new)
     for key in sorted(old.keys() | new.keys()):
@@ -54,6 +84,16 @@ def fingerprint_differences(old: dict[str, str], new: dict[str, str], *, limit: 
     if len(lines) > limit:
         return [*lines[:limit], f"and {len(lines) - limit} more"]
     return lines
+
+
+def _differing_groups(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """Names are not known of so many images."""
+    before, now = (prints if COUNT in prints else in_groups(prints.items()) for prints in (old, new))
+    differing = sum(before.get(key) != now[key] for key in now if key != COUNT)
+    if not differing:
+        return []
+    counts = f"{before[COUNT]} images before, {now[COUNT]} now"
+    return [f"images, masks or captions: {counts}; {differing} of {GROUPS} parts of the dataset differ"]
 
 
 def _moved(old: dict[str, str], new: dict[str, str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,7 +85,7 @@ class Scan:
     of subsets refer to it.
     """
 
-    images: tuple[ImageRecord, ...]
+    images: Sequence[ImageRecord]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]  # for the user, one line each
     unused: tuple[str, ...] = ()  # files, rows and columns that nothing is taken from, by name, with the reason
@@ -102,35 +103,40 @@ class Scan:
         At most `limit` skipped images are named, then the rest are counted by reason; None: all are named, and so are
         all images that are used, and the files, rows and columns that are not.
         """
+        return "".join(self.report_lines(limit=limit))
+
+    def report_lines(self, *, limit: int | None) -> Iterator[str]:
+        """The lines of `report`, one by one."""
+        for line in self._report_lines(limit):
+            yield f"{one_line(line)}\n"
+
+    def _report_lines(self, limit: int | None) -> Iterator[str]:
         used = len(self.images)
-        lines = [f"Images: {self.num_found} found, {used} used, {len(self.skipped)} skipped."]
+        yield f"Images: {self.num_found} found, {used} used, {len(self.skipped)} skipped."
         for image in self.skipped[:limit]:
-            lines.append(f"  skipped {printable(image.name)}: {image.reason}")
+            yield f"  skipped {printable(image.name)}: {image.reason}"
         if limit is not None:
             reasons = Counter(image.reason for image in self.skipped[limit:])
             for reason, count in reasons.most_common(limit):
-                lines.append(f"  skipped {count} more: {reason}")
-        lines += self.notes
+                yield f"  skipped {count} more: {reason}"
+        yield from self.notes
         if limit is None:
-            lines += self._inventory()
-        return "\n".join(one_line(line) for line in lines) + "\n"
+            yield from self._inventory()
 
-    def _inventory(self) -> list[str]:
+    def _inventory(self) -> Iterator[str]:
         """Every image with the place of its caption, and everything that is not used, by name."""
-        lines = []
         if self.problems:
-            lines += ["", "Problems, for which the dataset is refused:", *(f"  {problem}" for problem in self.problems)]
+            yield from ("", "Problems, for which the dataset is refused:", *(f"  {text}" for text in self.problems))
         if self.unused:
-            lines += ["", "Files, rows and columns that are not used:", *(f"  {name}" for name in self.unused)]
-        lines += ["", "Images:"]
+            yield from ("", "Files, rows and columns that are not used:", *(f"  {name}" for name in self.unused))
+        yield from ("", "Images:")
         for image in self.images:
             source = "no caption"
             if image.caption is not None:
                 source = f"caption from {printable(image.caption_file)}"
             if image.captioned_by and image.caption_file.startswith(MADE_BY):
                 source = f"caption {printable(image.caption_file)}"
-            lines.append(f"  {printable(image.key)}: {image.width}x{image.height}, {source}")
-        return lines
+            yield f"  {printable(image.key)}: {image.width}x{image.height}, {source}"
 
     def is_usable(self, *, strict: bool) -> bool:
         """Whether `check` raises nothing."""

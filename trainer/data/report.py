@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from trainer.data.buckets import fit
@@ -15,13 +16,12 @@ from trainer.data.records import ImageRecord, Scan
 from trainer.spec.plan import DataPlan
 from trainer.spec.values import one_line
 from trainer.storage import atomic, json_files, own_files
-from trainer.storage.read import read_text
+from trainer.storage.read import open_regular
 
 COLUMNS = (
     *("file", "subset", "status", "reason", "width", "height", "bucket", "repeats"),
     *("caption", "trained caption", "caption file", "encoding", "cut_at"),
 )
-LARGEST_REPORT = 1 << 30  # bytes
 # A spreadsheet takes a cell that begins with one of these for a formula, and runs it; some take the wide ones as well.
 FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 
@@ -30,8 +30,8 @@ def write_report(scan: Scan, data: DataPlan, *, text: Path, seed: int) -> None:
     """Write the report to the file `text`, and as a table beside it."""
     json_files.set_aside_unless(text, own_files.is_report)
     json_files.set_aside_unless(text.with_suffix(".csv"), own_files.is_table)
-    atomic.write_text(text, _writable(scan.report(limit=None)))
-    atomic.write_text(text.with_suffix(".csv"), table(scan, data, seed=seed))
+    atomic.write_lines(text, scan.report_lines(limit=None))
+    atomic.write_lines(text.with_suffix(".csv"), table(scan, data, seed=seed))
 
 
 def write_cuts(
@@ -39,12 +39,15 @@ def write_cuts(
 ) -> None:
     """Add captions that are not read to their end: the `lines` to the report, and `cuts` to the table."""
     listed = "\n".join(one_line(line) for line in lines)
-    atomic.write_text(report, f"{read_text(report, limit=LARGEST_REPORT)}\n{listed}\n")
-    atomic.write_text(report.with_suffix(".csv"), table(scan, data, seed=seed, cuts=cuts))
+    with io.TextIOWrapper(open_regular(report), encoding="utf-8", newline="") as before:
+        atomic.write_lines(report, itertools.chain(before, [f"\n{listed}\n"]))
+    atomic.write_lines(report.with_suffix(".csv"), table(scan, data, seed=seed, cuts=cuts))
 
 
-def table(scan: Scan, data: DataPlan, *, seed: int, cuts: Mapping[str, str] | None = None) -> str:
-    """One row for each image. It begins with a byte order mark, by which Excel knows that it is UTF-8.
+def table(scan: Scan, data: DataPlan, *, seed: int, cuts: Mapping[str, str] | None = None) -> Iterator[str]:
+    """The text of the table, line by line: one row for each image.
+
+    It begins with a byte order mark, by which Excel knows that it is UTF-8.
 
     `cuts`: the key of an image → the beginning of what the text encoder does not read of its caption.
     """
@@ -55,7 +58,17 @@ def table(scan: Scan, data: DataPlan, *, seed: int, cuts: Mapping[str, str] | No
         return f"{cut.size[0]}x{cut.size[1]}" if cut else ""
 
     fixed = random.Random(0)  # for captions in which nothing is drawn
-    rows: list[list[str | int]] = []
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, quoting=csv.QUOTE_NONNUMERIC)
+
+    def line(row: Sequence[str | int]) -> str:
+        out.seek(0)
+        out.truncate()
+        writer.writerow(row)
+        return out.getvalue()
+
+    yield "\ufeff"
+    yield line(COLUMNS)
     for image in scan.images:
         subset = data.datasets[image.dataset].subsets[image.subset]
         notes = []
@@ -63,7 +76,7 @@ def table(scan: Scan, data: DataPlan, *, seed: int, cuts: Mapping[str, str] | No
             notes.append("regularisation image")
         if image.mask_sha256:
             notes.append("with mask")
-        rows.append(
+        yield line(
             [
                 _cell(image.name),
                 f"{image.dataset}.{image.subset}",
@@ -82,13 +95,7 @@ def table(scan: Scan, data: DataPlan, *, seed: int, cuts: Mapping[str, str] | No
         )
     for skipped in scan.skipped:
         place = f"{skipped.dataset}.{skipped.subset}"
-        rows.append([_cell(skipped.name), place, "skipped", _cell(skipped.reason), *[""] * (len(COLUMNS) - 4)])
-    out = io.StringIO(newline="")
-    out.write("\ufeff")
-    writer = csv.writer(out, quoting=csv.QUOTE_NONNUMERIC)
-    writer.writerow(COLUMNS)
-    writer.writerows(rows)
-    return _writable(out.getvalue())
+        yield line([_cell(skipped.name), place, "skipped", _cell(skipped.reason), *[""] * (len(COLUMNS) - 4)])
 
 
 def _first_variant(image: ImageRecord, data: DataPlan, *, seed: int, fixed: random.Random) -> str:
@@ -105,8 +112,3 @@ def _cell(text: str) -> str:
     if text.lstrip().startswith(FORMULA_STARTS):
         return f"'{text}"
     return text
-
-
-def _writable(text: str) -> str:
-    """Bytes of file names that are not UTF-8 become `?`."""
-    return text.encode("utf-8", "replace").decode("utf-8")

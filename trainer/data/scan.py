@@ -10,6 +10,7 @@ import hashlib
 import os
 import resource
 import warnings
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,13 @@ from trainer.data.caption_files.find import find_captions
 from trainer.data.caption_files.findings import Findings
 from trainer.data.caption_files.notes import note_captions
 from trainer.data.captions import FOLDER_NAME, Caption
+from trainer.data.compact.examined import Examined, FileInfo, Files, ScannedFiles
+from trainer.data.compact.image_table import Chosen, ImageTable
 from trainer.data.decode import UnusableImageError
 from trainer.data.folder_listing import Folder, LeftOutName, list_folder
 from trainer.data.folders import leftovers
 from trainer.data.folders.conventions import Reading, derived_subset, read_folders
 from trainer.data.folders.own_output import Written
-from trainer.data.hygiene.looks import Looks
 from trainer.data.hygiene.remarks import remarks
 from trainer.data.records import WARNING, ImageRecord, Scan, Skipped
 from trainer.process import memory_kills
@@ -96,24 +98,26 @@ def scan(data: DataPlan, *, cpu_workers: int, progress: Progress | None = None, 
                 subsets.append(derived)
             listings.append(listing)
         datasets.append(dataclasses.replace(dataset, subsets=tuple(subsets)))
-    files: dict[Path, None] = {}  # a folder may serve several datasets (resolutions): each file is read once
+    files = Files()  # a folder may serve several datasets (resolutions): each file is read once
     for listing in listings:
-        files.update(dict.fromkeys(listing.folder.files_to_decode()))
-    examined = dict(zip(files, _examine_all(list(files), cpu_workers=cpu_workers, progress=progress), strict=True))
-    images: list[ImageRecord] = []
+        for file in listing.folder.files_to_decode():
+            files.add(str(file))
+    examined = Examined()
+    for info in _examine_all(files, cpu_workers=cpu_workers, progress=progress):
+        examined.append(info)
+    images = ImageTable()
     skipped: list[Skipped] = []
     notes_of_all: list[str] = []
     unused: list[str] = []
     problems: list[str] = []
     for listing in listings:
-        of_subset = _combine(listing, examined, data.captioner)
-        images += of_subset.images
+        of_subset = _combine(listing, ScannedFiles(files, examined), data.captioner, images)
         skipped += of_subset.skipped
         notes_of_all += of_subset.notes
         unused += of_subset.unused
         problems += of_subset.problems
     expanded = dataclasses.replace(data, datasets=tuple(datasets))
-    return Scan(tuple(images), tuple(skipped), tuple(notes_of_all), tuple(unused), tuple(problems), expanded)
+    return Scan(images, tuple(skipped), tuple(notes_of_all), tuple(unused), tuple(problems), expanded)
 
 
 def _named_folder(subset: Subset) -> str:
@@ -124,18 +128,7 @@ def _named_folder(subset: Subset) -> str:
 # ---- reading images, in worker processes
 
 
-@dataclass(frozen=True, slots=True)
-class _FileInfo:
-    """From a file's bytes. Upright width and height in pixels."""
-
-    sha256: str
-    width: int
-    height: int
-    has_alpha: bool
-    looks: Looks | None
-
-
-def _examine(file: Path) -> _FileInfo | str:
+def _examine(file: Path) -> FileInfo | str:
     """The hash and size of an image that decodes, or the reason why it is unusable."""
     try:
         data = read_regular(file, limit=decode.MAX_FILE_BYTES)
@@ -144,7 +137,7 @@ def _examine(file: Path) -> _FileInfo | str:
         return f"cannot be read: {problem.strerror}"
     except UnusableImageError as problem:
         return str(problem)
-    return _FileInfo(hashlib.sha256(data).hexdigest(), found.width, found.height, found.has_alpha, found.looks)
+    return FileInfo(hashlib.sha256(data).hexdigest(), found.width, found.height, found.has_alpha, found.looks)
 
 
 def _enter_worker() -> None:
@@ -163,7 +156,7 @@ def _enter_worker() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard_limit))
 
 
-def _examine_all(files: Sequence[Path], *, cpu_workers: int, progress: Progress | None) -> Iterator[_FileInfo | str]:
+def _examine_all(files: Sequence[Path], *, cpu_workers: int, progress: Progress | None) -> Iterator[FileInfo | str]:
     """`_examine` of each file, in order."""
     if cpu_workers <= 0 or not files:
         for done, file in enumerate(files, 1):
@@ -200,46 +193,46 @@ class _Listing:
     parts: list[tuple[int, Subset]] = field(default_factory=list)  # number in the dataset; as in `reading.parts`
 
 
-def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str], captioner: CaptionerPlan | None = None) -> Scan:
-    """Images with captions and masks, the skipped ones, notes, and what is left out, of one subset."""
+def _combine(listing: _Listing, files: ScannedFiles, captioner: CaptionerPlan | None, images: ImageTable) -> Scan:
+    """Adds the usable images of one subset, with captions and masks, to `images`.
+
+    Returns the skipped ones, notes, and what is left out; its `images` are empty.
+    """
     subset = listing.subset_plan
     folder = listing.folder
     found = find_captions(folder, subset)
+    skipped = []
+    for name, reason in folder.skipped:
+        skipped.append(Skipped(name, reason, dataset=listing.dataset, subset=listing.subset))
+    own: dict[int | None, array[int]] = {}  # part of the listing → places of its images
     for name in folder.images:
         part = listing.reading.part_of(name)
         words = listing.parts[part][1].class_tokens if part is not None else None
         if words and name not in found.captions:
             found.captions[name] = Caption(words, "class_tokens", FOLDER_NAME)
-    images = []
-    skipped = []
-    for name, reason in folder.skipped:
-        skipped.append(Skipped(name, reason, dataset=listing.dataset, subset=listing.subset))
-    for name in folder.images:
         mask_file = folder.mask(name)
-        mask = examined[mask_file] if mask_file else None
-        usable = _check_usable(examined[folder.root / name], listing, mask_file, mask)
+        mask = files.info(str(mask_file)) if mask_file else None
+        usable = _check_usable(files.info(str(folder.root / name)), listing, mask_file, mask)
         if isinstance(usable, str):
             skipped.append(Skipped(name, usable, dataset=listing.dataset, subset=listing.subset))
         else:
+            own.setdefault(part, array("Q")).append(len(images))
             images.append(_record(name, listing, found.captions.get(name), *usable))
     skipped.sort(key=lambda image: image.name)
-    looks: dict[str, Looks | None] = {}
-    for image in images:
-        info = examined[image.file]
-        looks[image.name] = None if isinstance(info, str) else info.looks
     title = _title(listing, None)
     findings = found.findings
     notes = [f"{title}: {note}" for note in [*listing.reading.notes, *_left_out_notes(folder)]]
     for part in (None, *range(len(listing.parts))):
-        own = [image for image in images if listing.reading.part_of(image.name) == part]
-        if own or not listing.parts:
+        if part in own or not listing.parts:
             plan = subset if part is None else listing.parts[part][1]
-            said = [*_part_notes(own, found.captions, plan, captioner), *remarks(own, looks, listing.dataset_plan)]
+            of_part = Chosen(images, own.get(part, ()))
+            said = _part_notes(of_part, found.captions, plan, captioner)
+            said += remarks(of_part, files.looks(folder.root), listing.dataset_plan)
             notes += [f"{_title(listing, part)}: {note}" for note in said]
     notes += [f"{title}: {note}" for note in [*findings.notes, *folder.note_unread(found.read)]]
     unused = [*findings.unused, *(f"{printable(item.name)}: {item.reason}" for item in folder.left_out)]
     return Scan(
-        tuple(images),
+        (),
         tuple(skipped),
         tuple(notes),
         tuple(f"{title}: {name}" for name in unused),
@@ -258,7 +251,7 @@ def _part_notes(
 
 
 def _record(
-    name: str, listing: _Listing, caption: Caption | None, info: _FileInfo, mask_sha256: str | None
+    name: str, listing: _Listing, caption: Caption | None, info: FileInfo, mask_sha256: str | None
 ) -> ImageRecord:
     part = listing.reading.part_of(name)
     subset = listing.subset
@@ -313,8 +306,8 @@ def _left_out_notes(folder: Folder) -> list[str]:
 
 
 def _check_usable(
-    image: _FileInfo | str, listing: _Listing, mask_file: Path | None, mask: _FileInfo | str | None
-) -> tuple[_FileInfo, str | None] | str:
+    image: FileInfo | str, listing: _Listing, mask_file: Path | None, mask: FileInfo | str | None
+) -> tuple[FileInfo, str | None] | str:
     """The image and the hash of its mask (see `ImageRecord`), or the reason why the image cannot be used."""
     if isinstance(image, str):
         return image
@@ -341,12 +334,12 @@ def _notes(images: Sequence[ImageRecord], subset: Subset) -> list[str]:
     if transparent:
         effect = "the alpha weighs the loss" if subset.alpha_mask else "laid over white"
         lines.append(f"transparency in {many(len(transparent), 'image')}, {effect}: {some(transparent)}")
-    first: dict[str, str] = {}
+    first: dict[bytes, int] = {}  # SHA-256 → place
     copies = []
-    for image in images:
-        if image.sha256 in first:
-            copies.append(f"{image.name} of {first[image.sha256]}")
-        first.setdefault(image.sha256, image.name)
+    for place, image in enumerate(images):
+        same = first.setdefault(bytes.fromhex(image.sha256), place)
+        if same != place:
+            copies.append(f"{image.name} of {images[same].name}")
     if copies:
         copy = "copy" if len(copies) == 1 else "copies"
         lines.append(f"{len(copies)} {copy}, byte for byte, all used: {some(copies)}")

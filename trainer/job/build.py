@@ -75,7 +75,7 @@ def make_session(
     plan = data.plan
     family = get_family(plan.model.family)
     regions = family.regions(training_state.denoiser)
-    engine_plan = sizes.engine_plan_for(plan, data.sampler.epoch(0))
+    engine_plan = sizes.engine_plan_for(plan, data.sampler.epoch(0).outline())
     engine = Engine(training_state.denoiser, regions, engine_plan, training_state.weight_streamer)
     objective = data.objective
     snapshots = Snapshots(training_state.optimizer, plan.engine.device)

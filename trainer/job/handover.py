@@ -1,17 +1,19 @@
 """How the first of several processes hands the prepared data to the others.
 
-It writes one JSON file with the plan, the images and the state to resume from into the folder that the processes share.
+It writes one file with the plan, the images and the state to resume from into the folder that the processes share.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.data.compact.image_table import ImageTable
 from trainer.data.records import ImageRecord
 from trainer.spec.plan import Plan
 from trainer.storage import atomic
@@ -28,42 +30,48 @@ class HandedOver:
 
     plan: Plan
     state: Path | None  # the folder of the state to resume from
-    images: tuple[ImageRecord, ...]
+    images: Sequence[ImageRecord]
     state_digest: str = ""  # of its JSON file, which has the digest of the other one
     cache_mark: str = ""  # what the file CACHE_MARK in the first machine's cache says, where there are several
     shares_cache: bool = True  # whether the cache of this machine is the first one's
 
-    def to_json(self) -> str:
-        rows = []
-        for image in self.images:
-            row = dataclasses.asdict(image)
-            rows.append({key: str(value) if isinstance(value, Path) else value for key, value in row.items()})
+    def write(self, path: Path) -> None:
+        """Write it to the file `path`: a line of JSON, and one for each image."""
         state = str(self.state) if self.state else None
-        others = {name: getattr(self, name) for name in OTHER_FIELDS}
-        return json.dumps({"plan": self.plan.to_json(), "state": state, "images": rows, **others})
+        head = {"plan": self.plan.to_json(), "state": state, **{name: getattr(self, name) for name in OTHER_FIELDS}}
+        atomic.write_lines(path, itertools.chain([f"{json.dumps(head)}\n"], map(_line, self.images)))
 
     @staticmethod
-    def from_json(text: str) -> HandedOver:
-        raw: dict[str, Any] = json.loads(text)
-        images = []
-        for row in raw["images"]:
-            for field in PATH_FIELDS:
-                if row[field]:
-                    row[field] = Path(row[field])
-            images.append(ImageRecord(**row))
-        state = Path(raw["state"]) if raw["state"] else None
-        others = {name: raw[name] for name in OTHER_FIELDS}
-        return HandedOver(Plan.from_json(raw["plan"]), state, tuple(images), **others)
+    def read(path: Path) -> HandedOver:
+        with path.open(encoding="utf-8") as file:
+            head: dict[str, Any] = json.loads(next(file))
+            images = ImageTable(map(_image, file))
+        state = Path(head["state"]) if head["state"] else None
+        others = {name: head[name] for name in OTHER_FIELDS}
+        return HandedOver(Plan.from_json(head["plan"]), state, images, **others)
+
+
+def _line(image: ImageRecord) -> str:
+    row = {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(image).items()}
+    return f"{json.dumps(row)}\n"
+
+
+def _image(line: str) -> ImageRecord:
+    row = json.loads(line)
+    for field in PATH_FIELDS:
+        if row[field]:
+            row[field] = Path(row[field])
+    return ImageRecord(**row)
 
 
 def hand_over(workers: Workers, data: HandedOver) -> None:
     """Let the other processes of `workers` begin with `data`."""
     if workers.size > 1:
-        atomic.write_text(workers.folder / FILE_NAME, data.to_json())
+        data.write(workers.folder / FILE_NAME)
 
 
 def receive(workers: Workers, check_in: Callable[[], None]) -> HandedOver:
     """Wait until the first process hands over, and call `check_in` meanwhile; returns what it has prepared."""
     path = workers.folder / FILE_NAME
     workers.wait_for(path, check_in)
-    return HandedOver.from_json(path.read_text(encoding="utf-8"))
+    return HandedOver.read(path)

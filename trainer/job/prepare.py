@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 import time
@@ -243,7 +244,7 @@ def fill_cache(data: PreparedData, *, check_in: Callable[[], None], share: Share
     plan = data.plan
     family = get_family(plan.model.family)
     model = Path(plan.model.path)
-    captions = [*data.sampler.all_captions(), *prompt_texts(plan.prompts)]
+    captions = itertools.chain(data.sampler.all_captions(), prompt_texts(plan.prompts))
     fill_texts(
         data.cache,
         captions,

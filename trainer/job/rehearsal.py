@@ -21,7 +21,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ from trainer.checkpoints.snapshots import Snapshots
 from trainer.data import batches
 from trainer.data.batches import MicroBatch
 from trainer.data.cache import Cache
-from trainer.data.epochs import Batch
+from trainer.data.order.variants import Batch
 from trainer.engine.cuda_graphs import EagerStep
 from trainer.engine.device import rehearsal_reserve, release
 from trainer.engine.execution import Engine
@@ -60,8 +60,8 @@ class Rehearsal:
     seed: int
     reserved_bytes: int = 0  # that the last attempt did without
 
-    def run(self, epoch: Sequence[Batch], cache: Cache, captions: Sequence[str] = ()) -> None:
-        """Fall back until steps of all sizes in `epoch` fit, with the longest of `captions`.
+    def run(self, epoch: Sequence[Batch], cache: Cache, captions: Callable[[], Iterable[str]] = tuple) -> None:
+        """Fall back until steps of all sizes in `epoch` fit, with the longest of `captions()`.
 
         Raises SettingsError where nothing is left to try.
         """
@@ -69,7 +69,7 @@ class Rehearsal:
         sizes = " or ".join(f"{len(batch)} images of {batch[0].view.size}" for batch in largest)
         smallest = min(epoch, key=lambda batch: len(batch) * math.prod(batch[0].view.size))
 
-        longest = batches.longest_caption(captions, cache)
+        longest = batches.longest_caption(captions(), cache)
 
         def read(some: Sequence[Batch], lengths: Mapping[str, int] | None = None) -> list[MicroBatch]:
             """Each with the longest caption as its first one: all captions of a batch are padded to it."""
@@ -81,7 +81,7 @@ class Rehearsal:
             return made
 
         self.run_steps(
-            read(one_of_each_size(epoch), batches.text_lengths(captions, cache)) if self.runner.capturing else [],
+            read(one_of_each_size(epoch), batches.text_lengths(captions(), cache)) if self.runner.capturing else [],
             read(largest),
             read([smallest]),
             problem=f"The largest batch ({sizes}) does not fit in memory.",

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from PIL import Image, PngImagePlugin
 
-from trainer.data import cache as caching
 from trainer.data.cache import Cache
 from trainer.data.decode import read_sample
 from trainer.engine.device import torch_dtype
@@ -115,7 +114,7 @@ def sample(
     model = Path(plan.model.path)
 
     def encoded(caption: str) -> dict[str, torch.Tensor]:
-        cached = caching.load(cache.text_path(caption))
+        cached = cache.load(cache.text_path(caption))
         on_device = {key: value[None].to(device, dtype) for key, value in cached.items()}
         return training_state.texts.encode_trained(on_device, [caption])
 

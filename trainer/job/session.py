@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,8 @@ from trainer.checkpoints.snapshots import Snapshots
 from trainer.data import batches
 from trainer.data.batches import MicroBatch
 from trainer.data.cache import Cache
-from trainer.data.epochs import Batch, EpochSampler
+from trainer.data.epochs import EpochSampler
+from trainer.data.order.variants import Batch
 from trainer.engine.cuda_graphs import EagerStep
 from trainer.engine.execution import Engine
 from trainer.job import sampling
@@ -92,7 +93,7 @@ class Session:
 
     def rehearse(self) -> None:
         """A step at the largest batches, forgotten: memory runs out here, or never. Raises SettingsError if it does."""
-        self.rehearsal().run(self.sampler.epoch(0), self.cache, self.sampler.all_captions())
+        self.rehearsal().run(self.sampler.epoch(0).outline(), self.cache, self.sampler.all_captions)
 
     def rehearsal(self) -> Rehearsal:
         return Rehearsal(
@@ -224,13 +225,16 @@ class Session:
         per_step = self.plan.train.gradient_accumulation * self.workers.size  # the last step of an epoch has the rest
         pinned = self.plan.engine.device == "cuda"  # for copies to the device that nothing waits for
         lengths = batches.text_lengths(self.sampler.all_captions(), self.cache)
-        steps: list[list[Batch]] = []
+        epoch_batches: Sequence[Batch] = ()
+        steps: list[list[int]] = []
         for done in range(first, self.total):
             epoch, index = divmod(done, self.steps_per_epoch)
             if index == 0 or done == first:
-                steps = steps_of(self.sampler.epoch(epoch), per_step)
+                epoch_batches = self.sampler.epoch(epoch)
+                steps = steps_of(epoch_batches, per_step)
             group = []
-            for batch in steps[index][self.workers.process_rank :: self.workers.size]:
+            for place in steps[index][self.workers.process_rank :: self.workers.size]:
+                batch = epoch_batches[place]
                 # Captured steps are of one length of captions; launched ones need no padding.
                 micro_batch = batches.micro_batch(self.cache, batch, lengths if self.runner.capturing else None)
                 group.append(micro_batch.each(torch.Tensor.pin_memory) if pinned else micro_batch)

@@ -39,7 +39,6 @@ CACHE_MARK = ".kiln-nodes"
 NODE_FILE = "node.json"  # in the folder that the processes of a machine share
 NETWORK_VOLUME_S = 5.0  # how long a file that another machine has written may stay unseen
 LOOK_AGAIN_S = 0.2
-LARGEST_HANDED = 1 << 34  # bytes: some millions of images
 LARGEST_STATE_FILE = 1 << 40
 _, STATE_JSON = STATE_FILES
 
@@ -66,9 +65,9 @@ def on_this_node(
         return handed
     path = workers.folder / NODE_FILE
     if workers.leads_node:
-        atomic.write_text(path, _prepared_here(own, handed, workers, status=status, check_in=check_in).to_json())
+        _prepared_here(own, handed, workers, status=status, check_in=check_in).write(path)
     workers.wait_for(path, check_in)
-    return HandedOver.from_json(read_text(path, limit=LARGEST_HANDED))
+    return HandedOver.read(path)
 
 
 def _prepared_here(

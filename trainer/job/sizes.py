@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Sequence
 
-from trainer.data.epochs import Batch
+from trainer.data.order.variants import Batch
 from trainer.engine import device
 from trainer.spec.family import base_models
 from trainer.spec.memory_model import Workload, with_room_for_graphs
@@ -40,13 +40,15 @@ def one_of_each_size(epoch: Sequence[Batch]) -> list[Batch]:
     return sorted(by_size.values(), key=lambda batch: -len(batch) * math.prod(batch[0].view.size))
 
 
-def steps_of(epoch: Sequence[Batch], per_step: int) -> list[list[Batch]]:
-    """The batches of each optimiser step of an epoch, which has its own random order: `per_step` each.
+def steps_of(epoch: Sequence[Batch], per_step: int) -> list[list[int]]:
+    """Which batches of an epoch, which has its own random order, make each optimiser step: `per_step` places each.
 
     Batches of one size share a step as far as there are enough of them, and of what is left over those that are next to
     each other by size: the processes of a step wait for the largest batch. Steps come in the order of their first
     batches; the last one may have fewer. The steps do not depend on how many processes share them.
     """
+    if per_step == 1:
+        return _cut(list(range(len(epoch))), 1)
     by_size: dict[tuple[int, ...], list[int]] = {}  # size → places in the epoch
     for place, batch in enumerate(epoch):
         by_size.setdefault(size_of(batch)[:3], []).append(place)
@@ -59,7 +61,7 @@ def steps_of(epoch: Sequence[Batch], per_step: int) -> list[list[Batch]]:
     left_over.sort(key=lambda place: (-len(epoch[place]) * math.prod(epoch[place][0].view.size), place))
     steps += _cut(left_over, per_step)
     steps.sort(key=lambda places: (len(places) < per_step, min(places)))
-    return [[epoch[place] for place in places] for places in steps]
+    return steps
 
 
 def _cut(places: list[int], length: int) -> list[list[int]]:

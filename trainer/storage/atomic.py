@@ -14,7 +14,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,15 @@ def write_text(path: Path, text: str, *, shared: bool = False) -> None:
     """Replace the file `path` by `text` (UTF-8) in one step. `shared`: see `replacing`."""
     with replacing(path, shared=shared) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Replace the file `path` by these texts (UTF-8), one after the other, which bring their own ends of lines.
+
+    What UTF-8 has no bytes for becomes `?`. All of it is never in memory: a report may name a million images.
+    """
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="replace", newline="") as file:
+        file.writelines(lines)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from trainer.data import batches
 from trainer.data.batches import MicroBatch, geometry, longest_caption, micro_batch, stack_texts, text_lengths
 from trainer.data.cache import Cache
-from trainer.data.epochs import Example
+from trainer.data.order.variants import Example
 from trainer.data.records import ImageRecord, View
 from trainer.job.session import Session
 

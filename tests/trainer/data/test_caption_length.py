@@ -60,14 +60,14 @@ def test_captions_of_just_the_limit_are_whole():
 )  # fmt: skip
 def test_the_smallest_length_that_helps_is_advised(count, max_tokens, fix):
     found = reader("sdxl", max_tokens=max_tokens)
-    cuts = caption_length.find_cuts(found, {"0.0/a.png": ["a " * count], "0.0/b.png": ["a"]})
+    cuts = caption_length.find_cuts(found, [("0.0/a.png", ["a " * count]), ("0.0/b.png", ["a"])])
     lines = caption_length.describe_cuts(found, cuts, get_family("sdxl").FACTS, limit=5)
     assert fix in lines[0] and "0.0/a.png" in lines[1] and "b.png" not in "".join(lines)
 
 
 def test_other_families_offer_no_longer_captions():
     facts = get_family("flux").FACTS
-    cuts = caption_length.find_cuts(reader("flux"), {"0.0/a.png": ["a " * 300]})
+    cuts = caption_length.find_cuts(reader("flux"), [("0.0/a.png", ["a " * 300])])
     assert "TOKEN_LENGTH" not in caption_length.describe_cuts(reader("flux"), cuts, facts, limit=5)[0]
 
 

@@ -3,8 +3,12 @@
 import shutil
 
 import pytest
+import torch
 
+from trainer.data import encode
+from trainer.data.cache import Cache, Share
 from trainer.data.encode import open_cache
+from trainer.spec.plan import EnginePlan
 
 ENCODING = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2")
 
@@ -39,3 +43,50 @@ def test_every_part_that_encodes_text_gives_other_items_and_no_other_does(model,
     assert opened() == first
     (model / "vae" / "config.json").write_text("{}")
     assert opened().encoders == first.encoders and opened().vae != first.vae
+
+
+def captioned(tmp_path, monkeypatch, texts, *, piece, share=None, stream=False):
+    """`fill_texts` with encoders that note what they are given; the batches, and the cache."""
+    batches = []
+
+    class Noting:
+        def encode_text(self, encoders, captions, *, max_tokens):
+            batches.append(list(captions))
+            return [{"tokens": torch.full((2, 2), float(len(text)))} for text in captions]
+
+    monkeypatch.setattr(encode, "PIECE", piece)
+    monkeypatch.setattr(encode, "load_text_encoders", lambda *_: object())
+    cache = Cache(tmp_path, "v", "e")
+    encode.fill_texts(
+        cache,
+        iter(texts),
+        family=Noting(),
+        model=tmp_path,
+        engine=EnginePlan(stream_encoders=stream),
+        check_in=lambda: None,
+        **({"share": share} if share else {}),
+    )
+    return batches, cache
+
+
+def test_captions_are_encoded_once_whatever_piece_they_come_in(tmp_path, monkeypatch):
+    texts = [f"caption {i}" for i in range(50)]
+    batches, cache = captioned(tmp_path, monkeypatch, texts * 3, piece=20)
+    assert [text for batch in batches for text in batch] == texts and max(map(len, batches)) == 16
+    assert all(cache.has(cache.text_path(text)) for text in texts)
+    assert captioned(tmp_path, monkeypatch, texts, piece=7)[0] == []
+    # As before where all of them are one piece.
+    whole, _ = captioned(tmp_path / "whole", monkeypatch, texts * 3, piece=1000)
+    assert whole == [texts[i : i + 16] for i in range(0, 50, 16)]
+
+
+def test_streamed_encoders_are_the_first_process_s_and_the_others_still_agree_on_what_is_missing(tmp_path, monkeypatch):
+    texts = [f"caption {i}" for i in range(20)]
+    merged = []
+
+    def merge(numbers):
+        merged.append(len(numbers))
+        return [max(number, 1) for number in numbers]
+
+    batches, _ = captioned(tmp_path, monkeypatch, texts, piece=8, share=Share(1, 2, merge), stream=True)
+    assert batches == [] and merged == [8, 1, 8, 1, 4]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from trainer.data import identity
 from trainer.data.identity import content_changes, fingerprint, fingerprint_differences
 from trainer.data.records import ImageRecord
 from trainer.spec.rules.resume_rules import Changes
@@ -124,3 +125,22 @@ def test_weights_elsewhere_are_compared_where_they_are_at_hand(tmp_path):
     assert content_changes({}, "weights")(run(tmp_path, record), found) == []
     assert content_changes({}, None)(run(tmp_path, record), found) == []
     assert content_changes({}, "others")(run(tmp_path, record), Changes()) == []
+
+
+def many(count: int, *, caption: str = "x") -> list[ImageRecord]:
+    return [dataclasses.replace(IMAGE, name=f"{i}.png", sha256=f"{i:064x}", caption=caption) for i in range(count)]
+
+
+def test_more_images_than_are_named_are_counted_and_summed(monkeypatch):
+    full = fingerprint(many(9))
+    monkeypatch.setattr(identity, "MOST_NAMED", 8)
+    assert fingerprint(many(8)) == dict(list(full.items())[:8])
+    grouped = fingerprint(many(9))
+    assert grouped["images"] == "9" and len(grouped) == identity.GROUPS + 1
+    assert fingerprint(many(9)[::-1]) == grouped  # whatever the order
+    # A run that began before, with each by its name, goes on; and so does one that grows smaller than that.
+    assert fingerprint_differences(full, grouped) == fingerprint_differences(grouped, full) == []
+    changed = [*many(8), dataclasses.replace(many(9)[8], caption="other")]
+    for other, count in ((fingerprint(changed), 1), (fingerprint(many(12)), 3), (fingerprint(many(7)), 2)):
+        (line,) = fingerprint_differences(full, other) if "images" in other else fingerprint_differences(grouped, other)
+        assert f"9 images before, {12 if count == 3 else 7 if count == 2 else 9} now; {count} of 1024" in line

@@ -31,7 +31,7 @@ def test_a_row_for_each_image_with_everything_that_decides_its_part(make_folder)
     (folder / "01.txt").write_bytes("café, süß".encode("cp1252"))
     (folder / "bad.png").write_bytes(b"")
     data = plan(folder, num_repeats=3, trigger_word="zot")
-    used, other, skipped = parse(table(scan(data, cpu_workers=0), data, seed=0))
+    used, other, skipped = parse("".join(table(scan(data, cpu_workers=0), data, seed=0)))
     assert list(used) == list(COLUMNS)
     assert [used[key] for key in ("file", "subset", "status", "width", "height", "bucket", "repeats")] == (
         ["00.png", "0.0", "used", "64", "48", "64x64", "3"]
@@ -50,7 +50,7 @@ def test_no_cell_becomes_a_formula(start):
     """And each is one line, whatever is in it."""
     image = ImageRecord(f"{start}a.png", Path("a"), "0", 64, 64, 0, 0, f'{start}HYPERLINK("x")\nsecond')
     data = plan(Path("a"))
-    row = parse(table(Scan((image,), (), ()), data, seed=0))[0]
+    row = parse("".join(table(Scan((image,), (), ()), data, seed=0)))[0]
     escaped = start.encode("unicode_escape").decode() if start[0] < " " else f"'{start}"
     assert row["caption"] == f'{escaped}HYPERLINK("x")\\nsecond' and row["file"] == f"{escaped}a.png"
 
@@ -92,5 +92,5 @@ def test_a_hundred_thousand_rows_take_a_moment():
     skipped = [Skipped(f"{i}.png", "bad") for i in range(10_000)]
     data = plan(Path("a"), trigger_word="zot")
     started = time.process_time()
-    table(Scan(tuple(images), tuple(skipped), ()), data, seed=0)
+    assert sum(1 for _ in table(Scan(tuple(images), tuple(skipped), ()), data, seed=0)) == 100_002
     assert time.process_time() - started < 5

@@ -321,7 +321,7 @@ def test_alpha_as_mask(make_folder):
     opaque, clear = found.images
     assert (opaque.has_alpha, clear.has_alpha, clear.mask_sha256) == (False, True, "alpha")
     view = next(
-        v for p, v in EpochSampler(found.images, plan(subset(folder)), seed=0).all_image_variants() if p is clear
+        v for p, v in EpochSampler(found.images, plan(subset(folder)), seed=0).all_image_variants() if p == clear
     )
     mask = render_mask(clear, view)
     assert mask.shape == (64, 64) and mask[:, :20].max() == 0 and mask[:, 44:].min() == 255

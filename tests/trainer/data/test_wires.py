@@ -17,7 +17,7 @@ from PIL import Image
 from entrypoint.dataset_config.manifest import LEVELS
 from tests.support.drawings import draw
 from tests.support.recordings import planned
-from trainer.data.epochs import Example
+from trainer.data.order.variants import Example
 from trainer.data.render import render, render_mask
 from trainer.data.scan import scan
 from trainer.job.prepare import make_sampler

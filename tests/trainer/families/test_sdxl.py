@@ -10,7 +10,7 @@ from diffusers.training_utils import compute_snr
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
 from trainer.data import batches
-from trainer.data.epochs import Example
+from trainer.data.order.variants import Example
 from trainer.data.records import ImageRecord, View
 from trainer.engine import adapters
 from trainer.families import sdxl

@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 
 from tests.support.machines import ROUND
-from trainer.data.epochs import Example
+from trainer.data.order.variants import Example
 from trainer.data.records import ImageRecord, View
 from trainer.job import sizes
 from trainer.spec import memory_model
 from trainer.spec.memory_model import Workload, with_room_for_graphs
 from trainer.spec.plan import EnginePlan
+
+
+def steps_of(epoch, per_step):
+    """The batches of each step."""
+    return [[epoch[place] for place in places] for places in sizes.steps_of(epoch, per_step)]
 
 
 def batch(count, width, height):
@@ -42,27 +47,27 @@ def random_epoch(seed, sides=((64, 64), (96, 64), (64, 96), (128, 128))):
 @pytest.mark.parametrize("seed", range(4))
 def test_steps_have_all_batches_of_an_epoch_once_and_one_size_each_where_that_can_be(per_step, seed):
     epoch = random_epoch(seed)
-    steps = sizes.steps_of(epoch, per_step)
+    steps = steps_of(epoch, per_step)
     assert sorted(id(one) for step in steps for one in step) == sorted(map(id, epoch))
     assert [len(step) for step in steps[:-1]] == [per_step] * (len(steps) - 1) and 1 <= len(steps[-1]) <= per_step
     alike = Counter(sizes.size_of(step[0]) for step in steps if len({sizes.size_of(one) for one in step}) == 1)
     for size, count in Counter(map(sizes.size_of, epoch)).items():
         assert alike[size] >= count // per_step
-    assert sizes.steps_of(epoch, per_step) == steps
+    assert steps_of(epoch, per_step) == steps
 
 
 def test_steps_of_one_batch_are_the_epoch_and_keep_its_order():
     epoch = random_epoch(7)
-    assert sizes.steps_of(epoch, 1) == [[one] for one in epoch]
+    assert steps_of(epoch, 1) == [[one] for one in epoch]
 
 
 def test_what_is_left_over_shares_a_step_with_the_next_larger():
     small, large = batch(1, 64, 64), batch(1, 64, 128)
     small_2, large_2, huge = batch(1, 64, 64), batch(1, 128, 64), batch(1, 128, 128)
     tiny = batch(1, 32, 32)
-    steps = sizes.steps_of([huge, small, tiny, large, small_2, large_2], 2)
+    steps = steps_of([huge, small, tiny, large, small_2, large_2], 2)
     assert steps == [[huge, large], [small, small_2], [large_2, tiny]]
-    assert sizes.steps_of([huge, small, tiny], 2) == [[huge, small], [tiny]]
+    assert steps_of([huge, small, tiny], 2) == [[huge, small], [tiny]]
 
 
 def test_the_largest_batches_are_those_that_no_other_dominates():

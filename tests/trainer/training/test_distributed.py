@@ -106,8 +106,8 @@ def test_weights_that_differ_between_processes_are_an_error(tmp_path):
 
 def test_prepared_data_survives_the_handover(tmp_path, job_plan):
     images = (
-        ImageRecord("a.png", Path("/x/a.png"), "1", 4, 5, 0, 0, None),
-        ImageRecord("b/c.png", Path("/x/b/c.png"), "2", 4, 5, 0, 1, "ä", True, Path("/m"), "3"),
+        ImageRecord("a.png", Path("/x/a.png"), "1" * 64, 4, 5, 0, 0, None),
+        ImageRecord("b/c.png", Path("/x/b/c.png"), "2" * 64, 4, 5, 0, 1, "ä", True, Path("/m"), "3"),
     )
     for state in (None, Path("/out/state/step-00000004")):
         given = HandedOver(job_plan("flux"), state, images)

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -59,26 +60,39 @@ def read_records(title: str, text: str, asked: AskedColumns, findings: Findings)
     suffix = title.rpartition(".")[2].lower()
     if suffix in ("csv", "tsv"):
         return list(_csv_records(title, text, asked, findings, first="\t" if suffix == "tsv" else ","))
-    lines = [(f"line {n}", line.strip()) for n, line in enumerate(re.split(r"\r\n|\r|\n", text), 1) if line.strip()]
-    if not lines:
+    lines = _lines(text)
+    _, start = next(lines, ("", ""))
+    if not start:
         return []
-    start = lines[0][1]
+    has_more = next(lines, None) is not None
     # Each of the two formats often has the other's suffix.
     if suffix in ("jsonl", "ndjson"):
         by_line = start not in "[{" and not start.startswith("[")
     else:
-        by_line = len(lines) > 1 and start.startswith("{") and start.endswith("}")
+        by_line = has_more and start.startswith("{") and start.endswith("}")
     if not by_line:
         return list(_json_records(parse_json(text, where=title), title=title, findings=findings))
-    if len(lines) == 1:
-        value = parse_json(lines[0][1], where=f"{title}, line 1")
+    if not has_more:
+        value = parse_json(start, where=f"{title}, line 1")
         if not _is_record(value):
             return list(_json_records(value, title=title, findings=findings))
     records = []
-    for where, line in lines:
+    for where, line in _lines(text):
         place = f"{title}, {where}"
         records.append((where, _as_record(parse_json(line.removesuffix(","), where=place), where=place)))
     return records
+
+
+def _lines(text: str) -> Iterator[tuple[str, str]]:
+    """Each line that is not blank, stripped, and "line 7": one by one, as there may be millions."""
+    begin = 0
+    number = 0
+    for number, end in enumerate(re.finditer(r"\r\n|\r|\n", text), 1):
+        if line := text[begin : end.start()].strip():
+            yield f"line {number}", line
+        begin = end.end()
+    if line := text[begin:].strip():
+        yield f"line {number + 1}", line
 
 
 def _is_record(value: Any) -> bool:
@@ -104,7 +118,8 @@ def parse_json(document: str, *, where: str) -> Any:
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> Record:
     """Python would keep the last of them in silence. Raises ValueError."""
-    record = dict(pairs)
+    # The keys of all rows are the same few words, and each line makes its own copies.
+    record = {sys.intern(key): value for key, value in pairs}
     if len(record) < len(pairs):
         (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {show(twice)} is given twice")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from trainer.data.caption_files.sidecars import folded
@@ -25,17 +27,23 @@ class ImageNames:
 
     def __init__(self, names: Iterable[str], *, folder: Path, aliases: Iterable[tuple[str, str]] = ()) -> None:
         self._folder = folder
-        self._exact: dict[str, list[str]] = {}  # whole names, and names without suffix
-        self._loose: dict[str, list[str]] = {}  # the same, folded
-        self._last: dict[str, list[str]] = {}  # the last part of the name, likewise folded
-        own = dict.fromkeys(names)
-        known = [(name, name) for name in own]
-        known += [(alias, image) for alias, image in dict.fromkeys(aliases) if alias not in own]
-        for name, image in known:
+        self._own = dict.fromkeys(names)
+        self._aliases = [(alias, image) for alias, image in dict.fromkeys(aliases) if alias not in self._own]
+        # Whether a whole name can mean this image alone, and is no other one without its suffix (a.png, a.png.jpg).
+        self._is_plain = not self._aliases and not any(
+            _stem(name) in self._own for name in self._own if _stem(name) != name
+        )
+
+    @cached_property
+    def _keys(self) -> _Keys:
+        """Made where a row does not have the whole name of an image: for a million images it is a gigabyte."""
+        keys = _Keys()
+        for name, image in [*((name, name) for name in self._own), *self._aliases]:
             for key in dict.fromkeys((name, _stem(name))):
-                self._exact.setdefault(key, []).append(image)
-                self._loose.setdefault(folded(key), []).append(image)
-                self._last.setdefault(folded(_last_part(key)), []).append(image)
+                keys.exact.setdefault(key, []).append(image)
+                keys.loose.setdefault(folded(key), []).append(image)
+                keys.last.setdefault(folded(_last_part(key)), []).append(image)
+        return keys
 
     def find(self, entry: str) -> list[str]:
         """The images that `entry` names: one; all of one stem, if it has no suffix; or none.
@@ -61,7 +69,8 @@ class ImageNames:
         """The only image in any folder with the same last part of the name, for files of which no row matches."""
         path, _ = self._normal(entry)
         last = _last_part(path)
-        return _only(self._last.get(folded(last))) or _only(self._last.get(folded(_stem(last))))
+        by_last = self._keys.last
+        return _only(by_last.get(folded(last))) or _only(by_last.get(folded(_stem(last))))
 
     def _normal(self, entry: str) -> tuple[str, bool]:
         """The entry as a relative path with /, and whether it is one of another machine."""
@@ -82,10 +91,22 @@ class ImageNames:
 
     def _look_up(self, path: str) -> list[str]:
         """The images by whole name; by stem; by a name that differs in case; by one that differs in its suffix."""
-        if path in self._exact:
-            return self._exact[path]
+        if self._is_plain and path in self._own:
+            return [path]
+        keys = self._keys
+        if path in keys.exact:
+            return keys.exact[path]
         stem = _stem(path)
-        return _only(self._loose.get(folded(path))) or (_only(self._loose.get(folded(stem))) if stem != path else [])
+        return _only(keys.loose.get(folded(path))) or (_only(keys.loose.get(folded(stem))) if stem != path else [])
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """What may name an image → the images that it may mean."""
+
+    exact: dict[str, list[str]] = field(default_factory=dict)  # whole names, and names without suffix
+    loose: dict[str, list[str]] = field(default_factory=dict)  # the same, folded
+    last: dict[str, list[str]] = field(default_factory=dict)  # the last part of the name, likewise folded
 
 
 def _stem(name: str) -> str:

@@ -36,7 +36,9 @@ def read_table(title: str, text: str, subset: Subset, findings: Findings) -> lis
     rows = []
     silent = []
     odd_characters = []
-    for where, record in records:
+    records.reverse()
+    while records:  # each is freed once it is read: with millions of rows, both lists would be gigabytes
+        where, record = records.pop()
         try:
             name = _image_name(record, columns)
             caption = _caption(record, columns, subset)

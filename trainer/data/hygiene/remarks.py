@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 
 from trainer.data.buckets import Fit, fit
@@ -65,23 +66,33 @@ def _is_cut_off(face: Face, cut: Fit) -> bool:
 
 def near_duplicates(images: Sequence[ImageRecord], looks: Mapping[str, Looks | None]) -> Iterator[tuple[str, str]]:
     """Each image that looks like an earlier one, with that one's name. Copies byte for byte are reported elsewhere."""
-    first: dict[str, str] = {}  # SHA-256 → name
-    by_band: dict[tuple[int, int], list[tuple[int, str]]] = {}
-    for image in images:
+    contents: set[bytes] = set()
+    kept = array("Q")  # hashes of images that look like none before them, and the places of these in `images`
+    places = array("Q")
+    by_band: dict[tuple[int, int], array[int]] = {}  # a piece of a hash → places in `kept`
+    for place, image in enumerate(images):
+        content = bytes.fromhex(image.sha256)
         seen = looks.get(image.name)
-        if image.sha256 in first or seen is None or seen.hash is None:
+        if content in contents or seen is None or seen.hash is None:
             continue
-        first[image.sha256] = image.name
-        found = None
-        for band in _bands(seen.hash):
-            for other, name in by_band.get(band, ()):
-                if found is None and (other ^ seen.hash).bit_count() <= ALIKE_BITS:
-                    found = name
+        contents.add(content)
+        found = _first_alike(seen.hash, kept, by_band)
         if found is not None:
-            yield image.name, found
+            yield image.name, images[places[found]].name
             continue
         for band in _bands(seen.hash):
-            by_band.setdefault(band, []).append((seen.hash, image.name))
+            by_band.setdefault(band, array("I")).append(len(kept))
+        kept.append(seen.hash)
+        places.append(place)
+
+
+def _first_alike(bits: int, kept: array[int], by_band: Mapping[tuple[int, int], array[int]]) -> int | None:
+    """The place in `kept` of a hash that differs from `bits` in a few bits at most."""
+    for band in _bands(bits):
+        for other in by_band.get(band, ()):
+            if (kept[other] ^ bits).bit_count() <= ALIKE_BITS:
+                return other
+    return None
 
 
 def _bands(bits: int) -> Iterator[tuple[int, int]]:

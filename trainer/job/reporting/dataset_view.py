@@ -14,7 +14,7 @@ from typing import Any
 
 from trainer.data.caption_length import Reader
 from trainer.data.epochs import EpochSampler
-from trainer.data.records import ImageRecord, Scan, View
+from trainer.data.records import ImageRecord, Scan
 from trainer.spec.plan import DataPlan
 from trainer.storage import atomic, json_files, own_files
 
@@ -42,14 +42,11 @@ def write_dataset_view(
 
 
 def _images(scanned: Scan, data: DataPlan, sampler: EpochSampler, *, reader: Reader | None) -> Iterator[dict[str, Any]]:
-    views: dict[str, dict[View, None]] = {}
-    for image, view in sampler.all_image_variants():
-        views.setdefault(image.key, {})[view] = None
-    captions = sampler.captions_by_image()
+    listed = scanned.images[:MOST_IMAGES]
+    shown = sampler.shown(listed)
     held_out = {image.key for image in sampler.held_out}
-    for image in scanned.images[:MOST_IMAGES]:
-        own = list(views.get(image.key, {}))
-        texts = captions.get(image.key, ())
+    for image in listed:
+        own, texts = shown.get(image.key, ((), ()))
         row: dict[str, Any] = {"name": image.name, "file": _file(image, data), "place": _place(image)}
         row |= {"size": [image.width, image.height], "views": len(own), "captions": list(texts)}
         if own:  # else a regularisation image that is not used

@@ -54,7 +54,7 @@ def test_no_face_is_none():
 
 
 def said_of(face, size, dataset):
-    image = ImageRecord("a.png", Path("a.png"), "1", *size, dataset=0, subset=0, caption=None)
+    image = ImageRecord("a.png", Path("a.png"), "1" * 64, *size, dataset=0, subset=0, caption=None)
     return remarks([image], {"a.png": Looks(None, None, False, (face,))}, dataset)
 
 

@@ -105,7 +105,7 @@ def test_every_mode_can_be_looked_at(mode):
 
 
 def record(name: str, sha256: str) -> ImageRecord:
-    return ImageRecord(name, None, sha256, 100, 100, 0, 0, None)
+    return ImageRecord(name, None, sha256.encode().hex(), 100, 100, 0, 0, None)
 
 
 def test_each_near_duplicate_is_named_once_and_the_far_ones_are_not():
