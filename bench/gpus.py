@@ -79,7 +79,7 @@ def member(asked: argparse.Namespace, size: int) -> None:
     workers = distributed.workers_from_environment(size, os.environ, StopFlag())
     torch._dynamo.config.cache_size_limit = 64
     words = set(asked.what.split("+"))
-    bench = Bench(asked.family, asked.what.split("+")[0], small=asked.small)
+    bench = Bench(asked.family, asked.what.split("+")[0], base=asked.base, small=asked.small)
     bench.size = tuple(asked.size or bench.size)
     workers.connect(DEVICE)
     for batch in asked.batch:
@@ -161,6 +161,8 @@ def _member_arguments(asked: argparse.Namespace) -> list[str]:
     arguments += ["--batch", *map(str, asked.batch)]
     if asked.small:
         arguments.append("--small")
+    if asked.base:
+        arguments += ["--base", asked.base]
     if asked.size:
         arguments += ["--size", *map(str, asked.size)]
     return arguments
