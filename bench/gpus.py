@@ -51,7 +51,7 @@ def of_job(asked: argparse.Namespace, count: int, batch: int, workers: Workers) 
     """The row of `count` shapes."""
     row: dict[str, Any] = {"shapes": count, "batch": batch, "gpus": workers.size}
     settings = dict(setting.split("=", 1) for setting in asked.set)
-    plan = shapes.default_plan(base_of(asked.family), None, batch, settings)
+    plan = shapes.default_plan(asked.base or base_of(asked.family), None, batch, settings)
     plan = replace(plan, engine=replace(plan.engine, num_gpus=workers.size))
     epoch = shapes.epoch_of(count, batch, sides=[256 if asked.small else asked.side])
     made = shapes.micro_batches(plan, epoch)
@@ -179,7 +179,7 @@ def member(asked: argparse.Namespace, size: int) -> None:
                 free()
                 tell(of_job(asked, count, batch, workers), workers)
     else:
-        bench = Bench(asked.family, asked.what.split("+")[0], small=asked.small)
+        bench = Bench(asked.family, asked.what.split("+")[0], base=asked.base, small=asked.small)
         bench.size = tuple(asked.size or bench.size)
         for batch in asked.batch:
             free()

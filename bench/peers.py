@@ -34,14 +34,21 @@ class Peer(others.Other):
     """diffusers' model with peft's adapters; only the arguments of its forward pass are ours."""
 
     def __init__(
-        self, name: str, what: str, *, small: bool, change: Callable[[torch.nn.Module], None] | None = None
+        self,
+        name: str,
+        what: str,
+        *,
+        base: str = "",
+        small: bool,
+        change: Callable[[torch.nn.Module], None] | None = None,
     ) -> None:
         """`change`: applied to each block before it gets its adapters."""
         self.name = name
+        self.base = base
         self.family = get_family(name)
         self.precision = what.split()[0]
         self.small = small
-        self.model = step.denoiser(name, small=small)
+        self.model = step.denoiser(name, base=base, small=small)
         blocks = self.family.blocks(self.model)
         names: list[str] = []
         for prefix, block in blocks:
@@ -75,7 +82,7 @@ def _peers(asked: Any) -> list[tuple[str, Callable[[], step.Bench]]]:
         changes["OneTrainer int8 compiled"] = others.onetrainer(asked.onetrainer, torch.int8)
     peers: list[tuple[str, Callable[[], step.Bench]]] = []
     for what, change in changes.items():
-        peers.append((what, partial(Peer, asked.family, what, small=asked.small, change=change)))
+        peers.append((what, partial(Peer, asked.family, what, base=asked.base, small=asked.small, change=change)))
     if asked.sd_scripts and asked.family == "flux":
         peers.append(("sd-scripts fp8_base", partial(others.SdScripts, asked.sd_scripts, small=asked.small)))
     return peers
@@ -90,7 +97,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--sd-scripts", type=Path)
     asked = parser.parse_args(arguments)
     cudnn_fix.apply_fix()
-    report = Report(f"{asked.family}: other trainers", asked.markdown)
+    report = Report(f"{asked.base or asked.family}: other trainers", asked.markdown)
     for what, create in _peers(asked):
         if not what.startswith(tuple(asked.only)):
             continue
@@ -107,6 +114,6 @@ def main(arguments: list[str]) -> None:
             ours.clear()
             step.free()
             ours = {"precision": variant.split("+")[0]}
-            ours["bench"] = step.Bench(asked.family, ours["precision"], small=asked.small)
+            ours["bench"] = step.Bench(asked.family, ours["precision"], base=asked.base, small=asked.small)
         for batch in asked.batch:
             report.row(step.measure(ours["bench"], variant, batch))

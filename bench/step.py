@@ -184,13 +184,15 @@ def denoiser(name: str, *, base: str = "", small: bool = False) -> Any:
 class Bench:
     """A denoiser with adapters, in one precision, and the optimiser that trains them."""
 
+    base = ""  # a value of BASE_MODEL; empty: the family's first
+    masked = False  # see the word of this name
+
     def __init__(self, name: str, precision: str, *, base: str = "", small: bool = False) -> None:
         self.name = name
         self.base = base or base_of(name)
         self.family = get_family(name)
         self.precision = precision
         self.small = small
-        self.masked = False  # see the word of this name
         self.size = SIZES[name]
         self.dtype = DTYPES.get(precision, torch.bfloat16)
         self.model = denoiser(name, base=self.base, small=small)

@@ -41,7 +41,7 @@ def with_strides_of(grad_BHTD: torch.Tensor, like_BHTD: torch.Tensor) -> torch.T
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
+def _has_the_fault(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
@@ -118,7 +118,7 @@ def apply_fix() -> None:
         grad = with_strides_of(grad, out)
         philox = (philox_seed, philox_offset)
         *lengths, dropout_p, is_causal = others
-        if has_faulty_length(k.size(2)) and dropout_p == 0 and _is_hopper(q.device):
+        if has_faulty_length(k.size(2)) and dropout_p == 0 and _has_the_fault(q.device):
             if bias is None:
                 return _flash_gradients(grad, q, k, v, out, logsumexp, philox, lengths, is_causal, scale)
             return masked_gradients(grad, q, k, v, bias, is_causal, scale)
