@@ -197,17 +197,21 @@ def test_what_flash_attention_takes_is_told_and_counted_unless_it_is_there(
 
 
 def test_the_cache_needs_space_for_every_image_and_caption_variant(plan: Plan) -> None:
-    """At 1024 px in bf16: 2 MiB of latents for each image variant, 4 MiB for the 512 tokens of each caption."""
+    """At 1024 px in bf16: 2 MiB of latents for each image variant, 4 MiB for the 512 tokens of each caption.
 
-    def needed(**keys: object) -> float:
+    Krea 2 keeps twelve states of 2,560 numbers of a token, and captions as long as they are: 160 tokens, say.
+    """
+
+    def needed(base: str = "flux", **keys: object) -> float:
         varied = dataclasses.replace(plan.data.datasets[0].subsets[0], **keys)
         data = DataPlan((Dataset((varied,), (1024, 1024)),))
-        model = dataclasses.replace(plan.model, base="flux")
+        model = dataclasses.replace(plan.model, base=base)
         full = dataclasses.replace(plan, model=model, data=data, engine=EnginePlan(precision="bf16"))
         (encoded,) = _cache_bytes_per_image(full).values()
         return encoded / 2**20
 
     assert needed() == 2 + 4
+    assert needed("krea2") == 2 + 160 * 12 * 2560 * 2 / 2**20
     assert needed(random_crop=True) == 8 * 2 + 4
     assert needed(shuffle_caption=True, flip_aug=True) == 2 * 2 + 8 * 4
 

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from diffusers import Krea2Pipeline
@@ -111,42 +110,56 @@ def test_noisy_latents_are_those_of_the_schedule_and_krea2_shift_is_its_shift():
     assert krea2.FACTS.flow_shift == pytest.approx(math.exp(0.5 + (4096 - 256) * 0.65 / 6144), abs=0.03)
 
 
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
 @pytest.mark.parametrize("distilled", [False, True])
-def test_the_schedule_of_turbo_has_one_shift_and_that_of_raw_grows_with_the_image(tmp_path, distilled):
-    """As the pipeline draws, at a size where both differ; without guidance, as Turbo is drawn with."""
+def test_turbos_schedule_has_one_shift_and_raws_grows_with_the_image(tmp_path, monkeypatch, distilled, cfg):
+    """By the latents that are decoded: those of the whole pipeline to rounding, and bit for bit of equal embeddings."""
     place = tmp_path / "model"
     shutil.copytree(folder("krea2"), place)
     index = json.loads((place / "model_index.json").read_text())
     (place / "model_index.json").write_text(json.dumps({**index, "is_distilled": distilled}))
     pipe = Krea2Pipeline.from_pretrained(place, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    sigmas = []
-
-    def drawn(draw):
-        image = draw()
-        return np.asarray(image, dtype=int)
-
-    options = {"width": 96, "height": 64, "num_inference_steps": 3, "guidance_scale": 0.0}
-    expected = drawn(lambda: pipe("a red spot", generator=torch.Generator("cpu").manual_seed(3), **options).images[0])
-    sigmas.append(pipe.scheduler.sigmas.clone())
     encoders = krea2.load_encoders(place, device="cpu", dtype=torch.float32)
-    (text,) = ({k: v[None] for k, v in t.items()} for t in krea2.encode_text(encoders, ["a red spot"]))
-    prompt = Prompt("a red spot", 96, 64, seed=3, steps=3, guidance=1.0, cfg=1.0, negative="")
-    with torch.no_grad():
-        got = drawn(
-            lambda: krea2.sample(
-                krea2.load_denoiser(place, device="cpu", dtype=torch.float32),
-                krea2.load_vae(place, device="cpu"),
-                place,
-                prompt=prompt,
-                text=text,
-                negative=text,
-            )
-        )
-    assert np.abs(got - expected).max() <= 1
+    text, nothing = (
+        {k: v[None] for k, v in item.items()} for item in krea2.encode_text(encoders, ["a red spot", "a blue ring!!"])
+    )
+    options = {"width": 96, "height": 64, "num_inference_steps": 3, "guidance_scale": cfg - 1, "output_type": "latent"}
+
+    def drawn(**asked):
+        return pipe(generator=torch.Generator("cpu").manual_seed(3), **options, **asked).images
+
+    near = drawn(prompt="a red spot", negative_prompt="a blue ring!!")
     shift = math.exp(1.15 if distilled else 0.5 + (24 - 256) * 0.65 / 6144)
     plain = torch.linspace(1, 1 / 3, 3)
-    torch.testing.assert_close(sigmas[0][:-1], shift * plain / (1 + (shift - 1) * plain), atol=1e-5, rtol=0)
+    torch.testing.assert_close(pipe.scheduler.sigmas[:-1], shift * plain / (1 + (shift - 1) * plain), atol=1e-5, rtol=0)
+    length = max(text["tokens"].shape[1], nothing["tokens"].shape[1])
+    embeddings = {}
+    for name, item in {"prompt": text, "negative_prompt": nothing}.items():
+        tokens = torch.zeros(1, length, *item["tokens"].shape[2:])
+        tokens[:, : item["tokens"].shape[1]] = item["tokens"]
+        embeddings[f"{name}_embeds"] = tokens
+        embeddings[f"{name}_embeds_mask"] = torch.arange(length)[None] < item["tokens"].shape[1]
+    if cfg == 1.0:
+        embeddings = {
+            "prompt_embeds": text["tokens"],
+            "prompt_embeds_mask": torch.ones(text["tokens"].shape[:2]).bool(),
+        }
+    equal = drawn(**embeddings)
+
+    decoded = []
+
+    def decode(vae, latents_BCHW):
+        decoded.append(latents_BCHW)
+        return torch.zeros(1, 3, 64, 96)
+
+    monkeypatch.setattr(krea2.qwen_vae, "decode_latents", decode)
+    prompt = Prompt("a red spot", 96, 64, seed=3, steps=3, guidance=1.0, cfg=cfg, negative="a blue ring!!")
+    with torch.no_grad():
+        krea2.sample(pipe.transformer, pipe.vae, place, prompt=prompt, text=text, negative=nothing)
+    wanted = [pipe._unpack_latents(latents, 64, 96)[:, :, 0] for latents in (equal, near)]
+    assert torch.equal(decoded[0], wanted[0])
+    torch.testing.assert_close(decoded[0], wanted[1], rtol=1e-3, atol=1e-3)
 
 
 def test_norms_stay_fp32_beside_bf16_activations():
