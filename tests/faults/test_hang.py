@@ -50,6 +50,15 @@ def test_the_limit_follows_the_usual_step(monkeypatch):
     clock[0] += 900.0  # a long sample is no step
     watchdog.step()
     assert watchdog.limit == 600.0
+    watchdog.others_take(50.0)
+    assert watchdog.limit == 1000.0 and watchdog.deadline == clock[0] + 1000.0
+    watchdog.others_take(500.0)
+    assert watchdog.limit == OUTSIDE_STEPS_TIMEOUT_S
+    watchdog.others_take(0.1)
+    assert watchdog.limit == MIN_STEP_TIMEOUT_S
+    hasty = Watchdog(4.0)
+    hasty.others_take(0.1)
+    assert hasty.limit == 4.0
     quick = Watchdog(None)
     for _ in range(9):
         quick.step()

@@ -33,7 +33,7 @@ def sha(job):
 
 
 def members(process):
-    """The trainers that `process` has started, by their rank."""
+    """The trainers that `process` has started, by their rank. Children of theirs, which have it too, come later."""
     found = {}
     for child in descendants(process.pid):
         try:
@@ -42,7 +42,8 @@ def members(process):
             continue
         pairs = [pair.split("=", 1) for pair in environ.split("\0") if "=" in pair]
         if "KILN_RANK" in dict(pairs):
-            found[int(dict(pairs)["KILN_RANK"])] = int(child)
+            rank = int(dict(pairs)["KILN_RANK"])
+            found[rank] = min(int(child), found.get(rank, int(child)))
     return found
 
 
@@ -117,6 +118,26 @@ def test_a_stop_while_samples_are_drawn_ends_the_round_of_all(two):
     code, printed = two.run()
     assert code == 0 and "Resumed at step 5 of 8" in printed, printed
     assert before.items() <= samples(two).items() and len(samples(two)) > len(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_goes_or_stands_still_while_it_draws_ends_the_job(two, number):
+    with_prompts(two, steps=50)
+    two.environment |= {"PARAMS_MAX_STEPS": "8", "PARAMS_SAVE_EVERY_N_STEPS": "2", "PARAMS_STEP_TIMEOUT": "4"}
+    process = two.start()
+    two.wait_for_step(process, 4)
+    time.sleep(0.3)  # they draw for longer
+    os.kill(members(process)[1], number)
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 75 and "Traceback" not in printed, printed
+    assert max(numbers(two)) == 4 and not (two.out / "x.safetensors").exists()
+    expected = "Process 1 of 2 was killed (SIGKILL)" if number == signal.SIGKILL else "hangs"
+    assert expected in two.status()["message"]
+    before = samples(two)
+    code, printed = two.run()
+    assert code == 0 and "Resumed at step 4 of 8" in printed, printed
+    assert before.items() <= samples(two).items() and len(samples(two)) == 12
 
 
 def test_a_killed_worker_ends_the_job_and_sigterm_saves_it_and_the_steps_between_are_the_same(two):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -301,12 +302,14 @@ class Session:
             )
 
         with metrics.aside(is_round=True):
+            started = time.monotonic()
             try:
                 self._with_room(draw)
             except torch.OutOfMemoryError as problem:  # training is worth more than a sample
                 log.warning("Not enough memory to draw all samples of step %d; training continues: %s", step, problem)
-            # No sign of life here: a process that stands still is not waited for without end.
+            self.watchdog.others_take(time.monotonic() - started)
             self.workers.wait_for_all(self.workers.notices_stop)
+            self.watchdog.heartbeat()
             if sampling.collect(step, folder, wanted, workers=self.workers) and self.workers.is_first:
                 contact_sheet(folder, prompts)
         if self.workers.is_first:

@@ -66,6 +66,13 @@ class Watchdog:
         self._allow(SAMPLE_GRACE_S if self._recent else NOTHING_LOST_GRACE_S)
         self._set_deadline(OUTSIDE_STEPS_TIMEOUT_S)
 
+    def others_take(self, seconds: float) -> None:
+        """This process has done its share in so many seconds, and waits for the others, which began with it."""
+        self._last_step = None
+        self._last_sign = time.monotonic()
+        limit = max(self.timeout_s or MIN_STEP_TIMEOUT_S, TIMEOUT_IN_MEDIAN_STEPS * seconds)
+        self._set_deadline(min(limit, OUTSIDE_STEPS_TIMEOUT_S))
+
     def step(self) -> None:
         """A step is done, and the next one follows."""
         now = time.monotonic()
