@@ -149,7 +149,10 @@ def _check_resume(resume_from: str | None) -> None:
 
 
 def _check_model(plan: Plan, space: NeededSpace, *, token: str | None, hub_cache: Path, retries: RetryPolicy) -> None:
-    """Check the base model, and add the space that it and the checkpoints will take."""
+    """Check the base model, and add the space that it and the checkpoints will take. Names its licence first."""
+    licence = base_models()[plan.model.base][1].licence
+    if licence is not None:
+        logger.info("Licence of %s, and so of its LoRAs: %s. %s", plan.model.base, licence.name, licence.allows)
     model_bytes = _model_bytes(plan.model, space, token=token, hub_cache=hub_cache, retries=retries)
     lora_bytes, state_bytes = _save_bytes(plan, model_bytes)
     # Where that is left to the job, it keeps more LoRA files if there is room (trainer.job.saving).

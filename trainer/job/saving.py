@@ -34,7 +34,7 @@ from trainer.lora_files.metadata import DatasetSummary, SubsetSummary, TrainingR
 from trainer.lora_files.weights import LoraModules, LoraWeights
 from trainer.lora_files.write import write_lora
 from trainer.spec.errors import FileMismatchError
-from trainer.spec.family import Family, lora_formats
+from trainer.spec.family import Family, base_models, lora_formats
 from trainer.spec.plan import AUTO, Plan
 from trainer.spec.weight_formats import SAVE_PRECISIONS
 from trainer.storage import atomic, json_files
@@ -314,6 +314,7 @@ def describe_run(plan: Plan, family: Family, objective: Objective, *, sampler: E
     return TrainingRun(
         name=plan.output.name,
         base=plan.model.base,
+        licence=str(base_models()[plan.model.base][1].licence or ""),
         base_version=family.FACTS.base_version,
         architecture=family.FACTS.architecture,
         lora_type=plan.lora.kind,

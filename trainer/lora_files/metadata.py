@@ -72,6 +72,7 @@ class TrainingRun:
     name: str  # of the output
     base: str  # value of BASE_MODEL
     base_version: str
+    licence: str  # of the base, with what it allows
     architecture: str
     lora_type: str  # lora, rslora or dora
     rank: int  # of training; layers that files keep as one may have more
@@ -140,7 +141,7 @@ def lora_metadata(run: TrainingRun, *, step: int, epoch: int, rank: int, alpha: 
         "modelspec.date": date,
         "modelspec.prediction_type": run.objective,
         "modelspec.trigger_phrase": run.trigger or "",
-        "modelspec.license": "",
+        "modelspec.license": run.licence,
         "modelspec.tags": "",
     }
     if run.max_token_length != CLIP_TOKENS:  # sd-scripts has no such key, or None, where CLIP reads as usual

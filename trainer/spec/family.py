@@ -134,6 +134,9 @@ class Licence:
     link: str
     allows: str
 
+    def __str__(self) -> str:
+        return f"{self.name} ({self.link}). {self.allows}"
+
 
 @dataclass(frozen=True)
 class BaseModel:

@@ -94,6 +94,16 @@ def test_a_good_plan_passes_and_leaves_nothing_behind(plan: Plan, tmp_path: Path
 
 
 @pytest.mark.alone
+def test_the_licence_is_said_before_anything_is_fetched(plan: Plan, tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    check(dataclasses.replace(plan, model=dataclasses.replace(plan.model, base="flux")), tmp_path)
+    first, *_ = caplog.messages
+    assert first.startswith("Licence of flux, and so of its LoRAs: flux-1-dev-non-commercial-license. Non-commercial use")
+    caplog.clear()
+    check(plan, tmp_path)  # of a part of this program
+    assert "Licence" not in caplog.text
+
+
 def test_it_is_quick_and_loads_no_client_of_the_hub_for_local_places(plan: Plan, tmp_path: Path) -> None:
     code = (
         "import sys, time; began = time.perf_counter()\n"

@@ -125,6 +125,7 @@ RUN = metadata.TrainingRun(
     name="mine",
     base="flux",
     base_version="flux1",
+    licence="a-licence (https://example.com/licence). Any use.",
     architecture="flux-1-dev",
     lora_type="rslora",
     rank=16,
@@ -179,7 +180,7 @@ EXPECTED = {
     "modelspec.date": "2026-01-02T03:04:05Z",
     "modelspec.prediction_type": "flow",
     "modelspec.trigger_phrase": "zot",
-    "modelspec.license": "",
+    "modelspec.license": "a-licence (https://example.com/licence). Any use.",
     "modelspec.tags": "",
 }
 TABLES = {
