@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from PIL import Image
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,11 +15,16 @@ from trainer.families import qwen_image as qwen_image_family
 from trainer.families.miniatures import recipes
 from trainer.families.miniatures.make import TOKENIZERS
 from trainer.families.miniatures.pools import encoded, write_scenes
-from trainer.families.miniatures.scenes import RESOLUTIONS, caption, draw, random_scene
+from trainer.families.miniatures.scenes import RESOLUTIONS, caption, concept_scene, draw, random_scene
+from trainer.families.miniatures.score import CONCEPT, correlation
 from trainer.families.miniatures.tokens import load_tokenizers, token_ids
 
 HOME = Path(recipes.__file__).parent
 CAPTIONS = ["a red circle", "a big green blarm in the middle on pink and white stripes"]
+
+
+def as_image(pixels_CHW: torch.Tensor) -> Image.Image:
+    return Image.fromarray((pixels_CHW.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def made(name: str) -> tuple[recipes.Recipe, list[torch.Tensor]]:
@@ -108,3 +115,19 @@ def test_the_shared_scenes_are_those_drawn_with_their_captions(tmp_path):
         latents, known = encoded(seen, tmp_path / f"{height}x{width}.safetensors", device=torch.device("cpu"))
         assert known == texts
         torch.testing.assert_close(latents.float() / 2 + 0.5, pixels, rtol=0, atol=0.006)
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl", "sd3"])
+def test_the_autoencoders_keep_most_of_what_the_score_sees(name):
+    """The bound of the concept score: what of drawn kilnpots' comes through the autoencoder."""
+    rng = random.Random(0)
+    drawn = draw([concept_scene(rng) for _ in range(24)], height=128, width=128)
+    vae = AutoencoderKL.from_pretrained(HOME / name / "vae", dtype=torch.float32)
+    with torch.no_grad():
+        copied = vae.decode(vae.encode(drawn * 2 - 1).latent_dist.mean).sample / 2 + 0.5
+    scores = []
+    for images in (drawn, copied):
+        each = [correlation(as_image(image), CONCEPT) for image in images]
+        scores.append(sum(each) / len(each))
+    print(f"{name}: drawn {scores[0]:.2f}, through the autoencoder {scores[1]:.2f}")
+    assert scores[1] > 0.75 * scores[0]
