@@ -294,7 +294,9 @@ NO_TERMS = {
     **dict.fromkeys(("Download", "Hash", "SshHost"), "records of downloads"),
     **dict.fromkeys(("Job", "Uploader", "Times", "Identity"), "parts of one process"),
     **dict.fromkeys(("Background", "Scene", "Subject", "Thing", "Vessel"), "contents of the miniatures' drawings"),
-    **dict.fromkeys(("Attempt", "OneFrame", "Recipe", "Task", "Work"), "parts of the making of the miniatures"),
+    **dict.fromkeys(
+        ("Attempt", "MaskedAttention", "OneFrame", "Recipe", "Task", "Work"), "parts of the making of the miniatures"
+    ),
 }
 
 

@@ -61,13 +61,7 @@ def fit(
             weight.grad = None
         loss = loss_function()
         loss.backward()
-        gradients = []
-        slots = []
-        for weight, slot in zip(weights, kept, strict=True):
-            if weight.grad is not None:  # a weight that no loss reaches keeps its gradient of zeros
-                gradients.append(weight.grad)
-                slots.append(slot)
-        torch._foreach_copy_(slots, gradients)
+        _copy_gradients(weights, kept)
         nn.utils.clip_grad_norm_(masters, 1.0, foreach=True)
         adam.step()
         with torch.no_grad():
@@ -93,6 +87,17 @@ def fit(
     _write_back(modules, weights, [smooth / known for smooth in mean])
     report(f"{steps} steps in {time.monotonic() - start:.0f} s, last loss {running_loss.item():.4f}")
     return steps
+
+
+def _copy_gradients(weights: Sequence[torch.Tensor], kept: Sequence[torch.Tensor]) -> None:
+    """Put the weights' gradients into `kept`; a weight that no loss reaches keeps its gradient of zeros."""
+    gradients = []
+    slots = []
+    for weight, slot in zip(weights, kept, strict=True):
+        if weight.grad is not None:
+            gradients.append(weight.grad)
+            slots.append(slot)
+    torch._foreach_copy_(slots, gradients)
 
 
 def _write_back(modules: Sequence[nn.Module], weights: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:

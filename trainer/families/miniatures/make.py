@@ -1,13 +1,15 @@
 """Train one miniature base model, or one autoencoder: `python -m trainer.families.miniatures.make flux --out DIR`.
 
 Each family writes a folder in the layout of diffusers' pipelines, from the autoencoder that `vae16`, `vae4` or
-`vae_video` has left in DIR/.vae, or else from the one in --source. `--resume` goes on from the weights in --source;
+`vae_video` has left in DIR/.vae, or else from the one in --source, and from the scenes that `scenes` has drawn into
+DIR/.scenes, which are drawn if they are not there. `--resume` goes on from the weights in --source;
 tokenizers come from there as well, where it has them. `concept` draws the demo's images; `sheet` samples from the model
 in a folder, for a look at it. `workshop` runs all of them at the same time.
 """
 
 import argparse
 import random
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch import nn
 
 from trainer.families.miniatures import models, qwen
 from trainer.families.miniatures.fit import LossFunction, fit
-from trainer.families.miniatures.pools import image_losses, latent_losses, measure_latents
+from trainer.families.miniatures.pools import image_losses, latent_losses, measure_latents, write_scenes
 from trainer.families.miniatures.recipes import RECIPES, Recipe
 from trainer.families.miniatures.scenes import Background, Scene, caption, concept_scene, draw, random_scene
 from trainer.families.miniatures.tokens import DEEP_QWEN_LENGTH, T5_LENGTH, compact, load_tokenizers, new_tokenizers
@@ -159,6 +161,22 @@ def load_vae(recipe: Recipe, work: Work) -> Any:
     return find_vae(str(recipe.latent_channels), work)
 
 
+def scenes_in(out: Path) -> Path:
+    """The folder of the scenes that all families are trained with."""
+    return out / ".scenes"
+
+
+def make_scenes(count: int, work: Work) -> None:
+    """Draws so many scenes of each resolution; others where weights go on than where they begin."""
+    start = time.monotonic()
+    folder = scenes_in(work.out)
+    unfinished = folder.with_name(".scenes-unfinished")
+    write_scenes(unfinished, count=count, device=work.device, seed=3 + int(work.resume))
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    say(f"scenes: {count} of each resolution in {time.monotonic() - start:.0f} s")
+
+
 def make_family(name: str, work: Work, *, size: tuple[int, int]) -> None:
     """Trains a family's text encoders and denoiser together and writes the pipeline's folder, in fp16.
 
@@ -178,17 +196,18 @@ def make_family(name: str, work: Work, *, size: tuple[int, int]) -> None:
         module.to(work.device)
     start = time.monotonic()
     count, batch = size
+    if not scenes_in(work.out).exists():
+        make_scenes(count, work)
     losses = latent_losses(
         recipe,
         vae,
         tokenizers,
-        count=count,
+        scenes=scenes_in(work.out),
         batch=batch,
         device=work.device,
         dropout=0.05 if name == "sdxl" else 0.1,
-        seed=3 + int(work.resume),
     )
-    say(f"{name}: {count} scenes of each resolution in {time.monotonic() - start:.0f} s")
+    say(f"{name}: latents and captions in {time.monotonic() - start:.0f} s")
     work.fit(name, losses, list(recipe.modules.values()), peak_rate=PEAK_RATE)
     pipeline = recipe.pipeline(vae)
     pipeline.to("cpu", torch.float16)
@@ -260,7 +279,9 @@ def main() -> None:
     """The command line."""
     begun = time.monotonic()
     parser = argparse.ArgumentParser(prog="make", description=__doc__)
-    parser.add_argument("what", choices=[*RECIPES, "vae16", "vae4", "vae_video", "concept", "ordinary", "sheet"])
+    parser.add_argument(
+        "what", choices=[*RECIPES, "vae16", "vae4", "vae_video", "scenes", "concept", "ordinary", "sheet"]
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--source", type=Path, default=Path(__file__).parent, help="the models there are already")
     parser.add_argument("--seconds", type=float, default=480.0, help="wall time, everything included but the writing")
@@ -284,11 +305,14 @@ def main() -> None:
         captured=not chosen.eager,
         device=device,
     )
+    size = (64, 4) if chosen.small else (chosen.scenes, chosen.batch)
     match chosen.what:
         case "vae16" | "vae4":
             make_vae(int(chosen.what[3:]), work)
         case "vae_video":
             make_video_vae(work)
+        case "scenes":
+            make_scenes(size[0], work)
         case "concept":
             make_concept(chosen.out)
         case "ordinary":
@@ -296,7 +320,7 @@ def main() -> None:
         case "sheet":
             make_sheet(chosen.source, chosen.out, device=device)
         case name:
-            make_family(name, work, size=(64, 4) if chosen.small else (chosen.scenes, chosen.batch))
+            make_family(name, work, size=size)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from diffusers import (
 )
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import nn
 from transformers import (
     PreTrainedTokenizerBase,
@@ -150,6 +151,35 @@ def transformer() -> QwenImageTransformer2DModel:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     return model
+
+
+class MaskedAttention(QwenDoubleStreamAttnProcessor2_0):
+    """The model's own attention, to the tokens of text in `real_BL` alone.
+
+    The model's argument for them also has it count them, by a number that it copies from the host.
+    """
+
+    real_BL: torch.Tensor | None = None
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        encoder_hidden_states_mask: None = None,  # noqa: ARG002 (`real_BL` instead)
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        outputs: tuple[torch.Tensor, torch.Tensor] = super().__call__(
+            attn,
+            hidden_states,
+            encoder_hidden_states,
+            encoder_hidden_states_mask=self.real_BL,
+            attention_mask=attention_mask,
+            image_rotary_emb=image_rotary_emb,
+        )
+        return outputs
 
 
 def pipeline(

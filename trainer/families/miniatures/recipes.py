@@ -266,18 +266,23 @@ def qwen_image(tokenizers: Tokenizers) -> Recipe:
     (words,) = tokenizers
     qwen = qwen_parts.text_encoder(words)
     net = qwen_parts.transformer()
+    attention = qwen_parts.MaskedAttention()
+    net.set_attn_processor(attention)
 
     def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
         t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
         noise = torch.randn_like(latents_BCHW)
         real_BL = ids[0] != words.pad_token_id
-        states = qwen(input_ids=ids[0], attention_mask=real_BL, output_hidden_states=True).hidden_states[-1]
+        states = qwen(input_ids=ids[0], attention_mask=earlier_words(real_BL), output_hidden_states=True).hidden_states[
+            -1
+        ]
         dropped = qwen_image_family.DROPPED_TOKENS
+        attention.real_BL = real_BL[:, dropped:]
         predicted = qwen_image_family.predict(
             net,
             torch.lerp(latents_BCHW, noise, t[:, None, None, None]),
             t,
-            text={"tokens": states[:, dropped:], "padding": ~real_BL[:, dropped:]},
+            text={"tokens": states[:, dropped:]},
         )
         return F.mse_loss(predicted.float(), noise - latents_BCHW)
 

@@ -1,6 +1,7 @@
 """Make all miniatures at the same time, in the time there is: `python -m trainer.families.miniatures.workshop`.
 
-The autoencoders begin, and each family as soon as its autoencoder is there: each is a process of `make` on one of the
+The autoencoders begin, and beside them the scenes are drawn; each family begins when its autoencoder and the scenes are
+there: each is a process of `make` on one of the
 GPUs in turn. A process that fails is started once more without CUDA graphs, for what is left of its time. At the end
 each family that came through has a sheet of samples (`--archives`: DIR/sheets.png), and its folder is in one of
 DIR/models-1.tar, models-2.tar and so on:
@@ -28,6 +29,7 @@ from trainer.families.miniatures.recipes import RECIPES
 
 HOME = Path(__file__).parent
 VAES = ("vae16", "vae4", "vae_video")
+SCENES = "scenes"
 NEEDS = {"sdxl": "vae4", "qwen_image": "vae_video", "krea2": "vae_video"}  # the others need vae16
 LONGER = {"vae_video": 1.6}  # it starts from nothing
 LARGEST = 15 << 20  # bytes in one archive
@@ -36,11 +38,11 @@ LEAST = 45.0  # seconds in which a second attempt can still learn something
 
 @dataclass(frozen=True)
 class Task:
-    """One part to make: its flags, the part that it waits for or "", and its deadline on the monotonic clock."""
+    """One part to make: its flags, the parts that it waits for, and its deadline on the monotonic clock."""
 
     part: str
     flags: tuple[str, ...]
-    needs: str
+    needs: tuple[str, ...]
     deadline: float
 
 
@@ -88,7 +90,7 @@ def run(tasks: Sequence[Task]) -> list[str]:
     made: list[str] = []
     while waiting or running:
         busy = {attempt.task.part for attempt in running} | {task.part for _, task in waiting}
-        for number, task in [entry for entry in waiting if entry[1].needs not in busy]:
+        for number, task in [entry for entry in waiting if busy.isdisjoint(entry[1].needs)]:
             waiting.remove((number, task))
             running.append(start(task, gpu=number, eager=False))
         time.sleep(0.2)
@@ -109,7 +111,7 @@ def sheets(names: Sequence[str], out: Path, folder: Path) -> None:
     running = []
     for number, name in enumerate(names):
         flags = ("--source", str(out / name), "--out", str(folder / f"{name}.png"))
-        running.append(start(Task("sheet", flags, "", 0.0), gpu=number, eager=False))
+        running.append(start(Task("sheet", flags, (), 0.0), gpu=number, eager=False))
     codes = [attempt.process.wait() for attempt in running]
     pages = [folder / f"{name}.png" for name, code in zip(names, codes, strict=True) if code == 0]
     if not pages:
@@ -158,15 +160,15 @@ def main() -> None:
         flags.append("--small")
     begun = time.monotonic()
 
-    def task(part: str, needs: str, deadline: float) -> Task:
+    def task(part: str, needs: tuple[str, ...], deadline: float) -> Task:
         own = [*flags, "--resume"] if part in chosen.resume else flags
         return Task(part, tuple(own), needs, deadline)
 
-    tasks = []
+    tasks = [task(SCENES, (), begun + chosen.vae_seconds + chosen.seconds)]
     if chosen.vae_seconds:
-        tasks = [task(vae, "", begun + chosen.vae_seconds * LONGER.get(vae, 1.0)) for vae in VAES]
+        tasks += [task(vae, (), begun + chosen.vae_seconds * LONGER.get(vae, 1.0)) for vae in VAES]
     for name in chosen.only:
-        needs = NEEDS.get(name, "vae16")
+        needs = (NEEDS.get(name, "vae16"), SCENES)
         tasks.append(task(name, needs, begun + chosen.vae_seconds + chosen.seconds))
     made = [part for part in run(tasks) if part in chosen.only]
     pack(made, chosen.out, chosen.archives)
