@@ -48,7 +48,7 @@ def member(asked: argparse.Namespace, size: int) -> None:
     else:
         found = receive(workers, lambda: None).images
     sampler = EpochSampler(found, data, seed=0)
-    cache = encode.open_cache(asked.cache, model, precision=engine.dtype)
+    cache = encode.open_cache(asked.cache, model, family=asked.family, precision=engine.dtype)
     workers.wait_for_all(lambda: None)
     scanned = time.monotonic()
     share = workers.share_cache(with_first=True)

@@ -56,8 +56,9 @@ def test_a_measurement_knows_the_other_models_of_a_family(capsys):
 def test_each_family_is_measured_at_the_size_of_its_first_model():
     klein = step.denoiser_config("flux2", "")
     assert klein["num_attention_heads"] == 24 and klein == step.denoiser_config("flux2", "flux2-klein-4b")
-    assert step.text_sizes("flux2", "flux2-klein-9b") == (512, 3 * 4096, 1)
-    assert step.text_sizes("z_image", "") == (128, 2560, 1)
+    assert step.text_sizes("flux2", "flux2-klein-9b") == (512, (3 * 4096,), 1)
+    assert step.text_sizes("z_image", "") == (128, (2560,), 1)
+    assert step.text_sizes("krea2", "") == (128, (12, 2560), 1)
 
 
 def test_captions_of_different_lengths_are_measured_with_a_mask():

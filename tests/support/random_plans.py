@@ -219,7 +219,9 @@ class Ground:
 
     def ready(self, plan: Plan) -> PreparedData:
         """What `prepare.prepare_data` gives, of pictures that were looked at before."""
-        cache = open_cache(Path(plan.output.cache), Path(plan.model.path), precision=plan.engine.dtype)
+        cache = open_cache(
+            Path(plan.output.cache), Path(plan.model.path), family=plan.model.family, precision=plan.engine.dtype
+        )
         made = PreparedData(plan, self.found, make_sampler(plan, self.found), cache, None)
         fill_cache(made, check_in=lambda: None)
         return made

@@ -118,6 +118,7 @@ def prepare_data(
     cache = open_cache(
         Path(plan.output.cache),
         Path(plan.model.path),
+        family=plan.model.family,
         precision=plan.engine.dtype,
         max_tokens=plan.train.max_token_length,
     )

@@ -192,6 +192,7 @@ def _received(handed: HandedOver) -> PreparedData:
     cache = open_cache(
         Path(plan.output.cache),
         Path(plan.model.path),
+        family=plan.model.family,
         precision=plan.engine.dtype,
         max_tokens=plan.train.max_token_length,
     )

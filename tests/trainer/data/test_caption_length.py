@@ -148,7 +148,7 @@ def test_the_sample_command_reads_the_length_from_the_lora(job_plan, tmp_path, c
 def test_cached_texts_of_77_tokens_keep_their_names(tmp_path):
     from trainer.data.encode import open_cache
 
-    plain = open_cache(tmp_path, folder("sdxl"), precision="float32")
-    asked = open_cache(tmp_path, folder("sdxl"), precision="float32", max_tokens=77)
-    longer = open_cache(tmp_path, folder("sdxl"), precision="float32", max_tokens=150)
+    plain = open_cache(tmp_path, folder("sdxl"), family="sdxl", precision="float32")
+    asked = open_cache(tmp_path, folder("sdxl"), family="sdxl", precision="float32", max_tokens=77)
+    longer = open_cache(tmp_path, folder("sdxl"), family="sdxl", precision="float32", max_tokens=150)
     assert plain.text_path("a") == asked.text_path("a") != longer.text_path("a")
