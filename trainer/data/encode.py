@@ -34,9 +34,9 @@ CAPTION_BATCH_SIZE = 16  # captions encoded together: of T5, 16 × 512 tokens, w
 def open_cache(folder: Path, model: Path, *, family: str, precision: str, max_tokens: int = CLIP_TOKENS) -> Cache:
     """The cache of items that the VAE and the text encoders in the folder `model` encode.
 
-    `family`: each reads captions in its own way, and several may have the very same encoder, as Z-Image and FLUX.2 klein
-    have. `precision`: the type that the text encoders compute in, by torch's name: it changes their embeddings a little.
-    `max_tokens`: of a caption that CLIP reads.
+    `family`: each reads captions in its own way, also where several have the very same encoder, as Z-Image and FLUX.2
+    klein may. `precision`: the type that the text encoders compute in, by torch's name, which changes their embeddings
+    a little. `max_tokens`: of a caption that CLIP reads.
     """
     encoders: list[str | tuple[str, str]] = [family, precision]
     if max_tokens != CLIP_TOKENS:
