@@ -137,13 +137,17 @@ def _unfit_weights(request: Request) -> str | None:
 def _unfit_file(request: Request) -> str | None:
     """By what the file or the repository is called, or by what the folder's index says: its tensors have no mark."""
     path = request.settings.model.model_path
-    if path is None or request.model.distilled or not request.facts.name_cautions:
+    if path is None or not request.facts.name_cautions:
         return None
     found = _said_by_index(Path(path) / "model_index.json")
     if found is None:
         found = _said_by_name(PurePath(path).name.lower(), request.facts.name_cautions)
     if not found:
         return None
+    if request.model.caution and found.startswith("distilled"):  # as the model's own weights are
+        if request.plan.model.training_adapter:
+            return None
+        return f"MODEL_PATH={path} {request.model.caution}."
     return f"MODEL_PATH={path} is {found}. Fix: the weights of {request.model.source}."
 
 

@@ -102,7 +102,6 @@ FACTS = Facts(
             aliases=("krea-2-turbo",),
             published=published.TURBO,
             licence=licences.KREA_2,
-            distilled=True,
             caution=(
                 "is distilled to few steps, which training on its own weights undoes: images become blurred. Fix: "
                 "BASE_MODEL=krea2, whose LoRAs work on Turbo as well, as those who made it recommend; or "

@@ -126,6 +126,7 @@ FACTS = Facts(
     text_readers={"tokenizer": ("Qwen3", TEXT_TOKENS - TEMPLATE_TOKENS)},
     lookalikes=published.LOOKALIKES,
     pipelines=published.PIPELINES,
+    name_cautions=published.NAME_CAUTIONS,
     hub_tags=("z-image",),
     kinds=published.KINDS,
     same_sizes=published.same_sizes,

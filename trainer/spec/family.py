@@ -151,7 +151,6 @@ class BaseModel:
     aliases: tuple[str, ...] = ()  # further names that people write for it; `source` is one without being listed
     published: Published | None = None  # its configs, for jobs whose weights are local files; None: a miniature
     licence: Licence | None = None  # None: a miniature, which is a part of this program
-    distilled: bool = False  # to few steps, so that files whose names or indexes say so may be its own
     caution: str = ""  # why its own weights are no good start for training, with the fix; for a warning of the plan
 
     @property
