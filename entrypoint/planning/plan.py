@@ -31,7 +31,7 @@ from entrypoint.settings.variables.output import OutputSettings
 from entrypoint.settings.variables.training import TrainingSettings
 from entrypoint.system.hardware import Hardware
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import BaseModel, Facts, base_models, get_family
+from trainer.spec.family import BaseModel, Facts, base_models, get_family, trainable_encoders
 from trainer.spec.messages.secrets import without_secrets
 from trainer.spec.optimizers import NOT_OFFERED, OPTIMIZERS, OptimizerSpec
 from trainer.spec.plan import DataPlan, Dataset, LoraPlan, ModelPlan, OptimPlan, OutputPlan, Plan, TrainPlan
@@ -89,6 +89,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
         model=base_model,
         datasets=datasets,
         rank=lora.rank,
+        trains_text=bool(optim.text_encoders),
         prompts=prompts,
         notes=notes,
     )
@@ -114,8 +115,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
     notes.raise_if_any("This cannot be done")
     if not plan.output.name:
         plan = _with_default_name(plan, now=now)
-    automatic = _left_to_hardware(settings)
-    plan = dataclasses.replace(plan, given=tuple(sorted(settings.given)), automatic=automatic)
+    plan = dataclasses.replace(plan, given=tuple(sorted(settings.given)), automatic=_left_to_hardware(settings))
     sanity.warn(sanity.Request(settings, plan, facts, base_model), notes)
     # They are kept in plan.json, and quote what the user has written.
     reasons = tuple(without_secrets(reason) for reason in notes.reasons)
@@ -394,10 +394,10 @@ def _max_token_length(training: TrainingSettings, facts: Facts, base_model: str,
     length = int(training.max_token_length)
     if length not in facts.max_token_lengths:
         reader, tokens = next(iter(facts.text_readers.values()))
-        notes.add(
-            f"PARAMS_MAX_TOKEN_LENGTH={length}: in {base_model}, {reader} reads {tokens} tokens of a caption, and CLIP "
-            "gives a summary of its beginning. Fix: remove it."
-        )
+        reads = f"{reader} reads {tokens} tokens of a caption"
+        if trainable_encoders(facts.name):  # the CLIPs
+            reads += ", and CLIP gives a summary of its beginning"
+        notes.add(f"PARAMS_MAX_TOKEN_LENGTH={length}: in {base_model}, {reads}. Fix: remove it.")
     return length
 
 

@@ -130,6 +130,7 @@ FACTS = Facts(
     parts={"denoiser": "transformer", "vae": "vae", "qwen3_vl": "text_encoder"},
     landmarks=("txtfusion.projector.weight", "text_fusion.projector.weight"),
     text_readers={"tokenizer": ("Qwen3-VL", TEXT_TOKENS - SUFFIX_TOKENS)},
+    masks_captions=True,
     lookalikes=(),
     pipelines=published.PIPELINES,
     name_cautions=published.NAME_CAUTIONS,

@@ -124,6 +124,7 @@ FACTS = Facts(
     parts={"denoiser": "transformer", "vae": "vae", "qwen3": "text_encoder"},
     landmarks=("layers.0.attention.qkv.weight", "layers.0.attention.to_q.weight"),
     text_readers={"tokenizer": ("Qwen3", TEXT_TOKENS - TEMPLATE_TOKENS)},
+    masks_captions=True,
     lookalikes=published.LOOKALIKES,
     pipelines=published.PIPELINES,
     name_cautions=published.NAME_CAUTIONS,

@@ -23,7 +23,7 @@ from entrypoint.settings.variables import NAMES
 from entrypoint.system.hardware import Hardware
 from tests.support.machines import CPU, FULL, HOME, LARGE_GPU, MINI, NOW, SMALL_GPU
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import base_models, get_family, timestep_samplings
+from trainer.spec.family import base_models, get_family, timestep_samplings, trainable_encoders
 from trainer.spec.optimizers import OPTIMIZERS, SCHEDULERS
 from trainer.spec.plan import Dataset, Plan
 from trainer.spec.rules.resume_rules import changes
@@ -708,3 +708,37 @@ def test_another_attention_needs_a_model_that_can_switch():
         else:
             assert "PARAMS_ATTENTION" in refusal(BASE_MODEL=base, PARAMS_ATTENTION="flex")
             assert plan(BASE_MODEL=base, PARAMS_ATTENTION="native").engine.attention == "native"
+
+
+def test_attention_without_masks_is_refused_where_captions_are_masked():
+    for base, (name, _) in MODELS.items():
+        facts = get_family(name).FACTS
+        if facts.masks_captions:
+            said = refusal(BASE_MODEL=base, PARAMS_ATTENTION="_native_flash")
+            assert f"PARAMS_ATTENTION=_native_flash takes no mask, and {base} masks" in said
+            assert "Fix: set PARAMS_ATTENTION=auto." in said
+        elif facts.attention_backends:
+            assert plan(BASE_MODEL=base, PARAMS_ATTENTION="_native_flash").engine.attention == "_native_flash"
+
+
+def test_a_rate_for_text_encoders_that_are_never_trained_is_refused():
+    for base, (name, _) in MODELS.items():
+        if trainable_encoders(name):
+            continue
+        for rates in ("1e-4", "1e-4,0"):
+            said = refusal(BASE_MODEL=base, PARAMS_TEXT_ENCODER_LR=rates, PARAMS_OPTIMIZER_TYPE="adamw")
+            shown = rates.replace("1e-4", "0.0001")
+            assert f"PARAMS_TEXT_ENCODER_LR={shown}: {base}'s text encoder is not trained. Fix: remove it." in said
+        made = plan(on=LARGE_GPU, BASE_MODEL=base, PARAMS_TEXT_ENCODER_LR="0,0")
+        assert made.engine.replay and made.optim.text_encoders == {}
+
+
+def test_a_length_for_clip_is_refused_with_what_the_model_reads_by():
+    for base, (name, _) in MODELS.items():
+        facts = get_family(name).FACTS
+        if 225 in facts.max_token_lengths:
+            continue
+        said = refusal(BASE_MODEL=base, PARAMS_MAX_TOKEN_LENGTH="225")
+        reader, tokens = next(iter(facts.text_readers.values()))
+        assert f"in {base}, {reader} reads {tokens} tokens of a caption" in said
+        assert ("CLIP gives a summary of its beginning" in said) == (reader == "T5")
