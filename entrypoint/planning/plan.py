@@ -34,8 +34,8 @@ from trainer.spec.errors import SettingsError
 from trainer.spec.family import BaseModel, Facts, base_models, get_family, trainable_encoders
 from trainer.spec.messages.secrets import without_secrets
 from trainer.spec.optimizers import NOT_OFFERED, OPTIMIZERS, OptimizerSpec
-from trainer.spec.plan import DataPlan, Dataset, LoraPlan, ModelPlan, OptimPlan, OutputPlan, Plan, TrainPlan
-from trainer.spec.prompts import complete_prompts
+from trainer.spec.plan import DataPlan, Dataset, LoraPlan, ModelPlan, OptimPlan, OutputPlan, Plan, Prompt, TrainPlan
+from trainer.spec.prompts import complete_prompts, idle_guidance
 from trainer.spec.values import shorten, show, suggestion
 
 # A schedule-free optimiser averages its iterates instead of following a schedule (Defazio et al. 2024,
@@ -68,16 +68,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
     datasets = complete_datasets(
         manifest, settings.data, model_resolution=base_model.resolution, multiple=facts.multiple, notes=notes
     )
-    prompts = complete_prompts(
-        manifest.prompts,
-        facts=facts,
-        model=base_model,
-        resolution=datasets[0].resolution,
-        seed=settings.training.seed,
-        prefix=_prompt_prefix(datasets, manifest),
-        problems=notes,
-    )
-    prompts = fill_trigger(prompts, trigger_of(datasets), notes)
+    prompts = _prompts(manifest, datasets, facts=facts, model=base_model, seed=settings.training.seed, notes=notes)
     optim = _optimizer_plan(settings.training, family_name, settings.model.base_model, notes)
     single_files.note_prediction(model_plan.parts.get("denoiser"), settings.training, facts, notes)
     adapter = check_targets(settings.adapter, model=model_plan, facts=facts, notes=notes)
@@ -221,6 +212,24 @@ def _model_source_problem(source: str) -> str | None:
     if not HUB_ID.fullmatch(source) or "/" not in source:
         return "is neither a folder nor the name of a repository"
     return None
+
+
+def _prompts(
+    manifest: Manifest, datasets: tuple[Dataset, ...], *, facts: Facts, model: BaseModel, seed: int, notes: Notes
+) -> tuple[Prompt, ...]:
+    """The prompts of the samples, complete; notes what they set without effect."""
+    prompts = complete_prompts(
+        manifest.prompts,
+        facts=facts,
+        model=model,
+        resolution=datasets[0].resolution,
+        seed=seed,
+        prefix=_prompt_prefix(datasets, manifest),
+        problems=notes,
+        notes=notes.reasons,
+    )
+    notes.warnings += idle_guidance(manifest.prompts, facts, model)
+    return fill_trigger(prompts, trigger_of(datasets), notes)
 
 
 def _prompt_prefix(datasets: tuple[Dataset, ...], manifest: Manifest) -> str:

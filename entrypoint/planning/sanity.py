@@ -17,6 +17,7 @@ from trainer.base_model import configs
 from trainer.spec.family import BaseModel, Facts
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.spec.plan import AUTO, Plan
+from trainer.spec.prompts import has_embedded_guidance
 from trainer.spec.rules import sanity
 
 CYCLIC_SCHEDULE = "cosine_with_restarts"
@@ -288,9 +289,8 @@ def _flow_shift(request: Request) -> str | None:
 
 
 def _guidance(request: Request) -> str | None:
-    embedded = request.model.defaults.get("guidance", request.facts.prompt_guidance)
     guidance = request.plan.train.guidance_scale
-    if embedded not in (0.0, 1.0) or not request.is_given("PARAMS_GUIDANCE_SCALE"):
+    if has_embedded_guidance(request.facts, request.model) or not request.is_given("PARAMS_GUIDANCE_SCALE"):
         return None
     return _no_effect("PARAMS_GUIDANCE_SCALE", f"{guidance:g}", f"{request.plan.model.base} has no embedded guidance")
 

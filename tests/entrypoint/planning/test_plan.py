@@ -613,6 +613,29 @@ def test_flags_stay_and_sides_are_rounded_down():
     assert (made.cfg, made.guidance, made.negative) == (1.5, 0.0, "dark")
 
 
+def test_a_side_that_is_rounded_down_is_said():
+    made = plan(prompts=["a cat", f"a dog --w {MULTIPLE * 5 + 1} --h {MULTIPLE * 4}"])
+    said = [reason for reason in made.reasons if "becomes" in reason]
+    assert said == [
+        f"SAMPLE_PROMPTS, prompts[1]: width {MULTIPLE * 5 + 1} becomes {MULTIPLE * 5}, a multiple of {MULTIPLE}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("base", "idle"),
+    [("z-image", True), ("flux2-klein-4b", True), ("sdxl", True), ("flux-schnell", True), ("flux", False)],
+)
+def test_guidance_that_a_model_does_not_read_is_said_of_each_prompt(base, idle):
+    prompts = ["a cat --g 4", "a dog", {"prompt": "a fox", "guidance_scale": 3.5}, "a hen --guidance_scale 1"]
+    made = plan(on=LARGE_GPU, BASE_MODEL=base, prompts=prompts)
+    said = [warning for warning in made.warnings if "embedded guidance" in warning]
+    because = "has no effect: this model has no embedded guidance. Fix: --l, its classifier-free guidance."
+    assert (
+        said
+        == [f"SAMPLE_PROMPTS, prompts[0]: --g 4 {because}", f"SAMPLE_PROMPTS, prompts[2]: --g 3.5 {because}"] * idle
+    )
+
+
 @pytest.mark.parametrize("base", MODELS)
 def test_a_model_may_have_defaults_of_its_own(base):
     (made,) = plan(BASE_MODEL=base, prompts=["a cat"], on=LARGE_GPU).prompts
