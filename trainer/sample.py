@@ -41,7 +41,7 @@ from trainer.spec.documents.prompt_trees import parse_tree
 from trainer.spec.errors import OutOfMemoryError, SettingsError, StorageError
 from trainer.spec.family import BaseModel, Facts, Family, family_names, get_family
 from trainer.spec.plan import Prompt
-from trainer.spec.prompts import FLAGS, PromptRequest, complete_prompts, parse_line, parse_lines
+from trainer.spec.prompts import FLAGS, PromptRequest, complete_prompts, idle_guidance, parse_line, parse_lines
 from trainer.spec.values import Problems
 from trainer.storage import own_files
 from trainer.storage.read import read_regular
@@ -347,7 +347,9 @@ def read_prompts(
         seed=seed,
         prefix="",
         problems=problems,
+        notes=notes,
     )
+    notes += idle_guidance(requests, facts, model)
     problems.raise_if_any(f"--prompts {path} cannot be used" if path else "--prompt cannot be used")
     if not prompts:
         raise SettingsError(f"--prompts {path} has no prompt.")

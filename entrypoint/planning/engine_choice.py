@@ -16,6 +16,7 @@ from entrypoint.fetch import flash_attention
 from entrypoint.planning import memory_refusal
 from entrypoint.settings.checks import Notes
 from entrypoint.settings.read import Settings
+from entrypoint.settings.variables.engine import UNMASKED
 from entrypoint.system.hardware import Hardware, select
 from trainer.spec import memory_model
 from trainer.spec.errors import SettingsError
@@ -40,12 +41,14 @@ def engine_plan(
     model: BaseModel,
     datasets: tuple[Dataset, ...],
     rank: int,
+    trains_text: bool,
     prompts: tuple[Prompt, ...],
     notes: Notes,
 ) -> tuple[EnginePlan, tuple[Dataset, ...]]:
     """Choose for the hardware and the largest batch all that the settings leave to `auto`, and note the reasons.
 
-    Returns the datasets as well: with their batch size, where that was left to `auto`.
+    `trains_text`: whether a text encoder is trained. Returns the datasets as well: with their batch size, where that
+    was left to `auto`.
     """
     try:
         hardware = select(found, settings.engine.backend)
@@ -63,7 +66,7 @@ def engine_plan(
         num_gpus=_num_gpus(settings, hardware, notes),
         nodes=settings.engine.nodes or 1,  # auto: the entrypoint has asked the cluster before
         # Text encoders that train tokenise captions inside the step, which no CUDA graph can hold.
-        replay=hardware.can_capture and not any(settings.training.text_encoder_lr),
+        replay=hardware.can_capture and not trains_text,
         attention=_attention(settings, hardware, facts, model, notes),
         deterministic=settings.engine.deterministic,
         memory_limit_gib=settings.engine.memory_limit_gib,
@@ -146,6 +149,11 @@ def _attention(settings: Settings, hardware: Hardware, facts: Facts, model: Base
         notes.add(
             f"PARAMS_ATTENTION={asked}: {settings.model.base_model} supports only torch's own attention. "
             "Allowed: auto, native, flash_4."
+        )
+    elif asked in UNMASKED and facts.masks_captions:
+        notes.add(
+            f"PARAMS_ATTENTION={asked} takes no mask, and {settings.model.base_model} masks what fills up shorter "
+            "captions. Fix: set PARAMS_ATTENTION=auto."
         )
     return asked
 

@@ -31,11 +31,11 @@ from entrypoint.settings.variables.output import OutputSettings
 from entrypoint.settings.variables.training import TrainingSettings
 from entrypoint.system.hardware import Hardware
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import BaseModel, Facts, base_models, get_family
+from trainer.spec.family import BaseModel, Facts, base_models, get_family, trainable_encoders
 from trainer.spec.messages.secrets import without_secrets
 from trainer.spec.optimizers import NOT_OFFERED, OPTIMIZERS, OptimizerSpec
-from trainer.spec.plan import DataPlan, Dataset, LoraPlan, ModelPlan, OptimPlan, OutputPlan, Plan, TrainPlan
-from trainer.spec.prompts import complete_prompts
+from trainer.spec.plan import DataPlan, Dataset, LoraPlan, ModelPlan, OptimPlan, OutputPlan, Plan, Prompt, TrainPlan
+from trainer.spec.prompts import complete_prompts, idle_guidance
 from trainer.spec.values import shorten, show, suggestion
 
 # A schedule-free optimiser averages its iterates instead of following a schedule (Defazio et al. 2024,
@@ -68,16 +68,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
     datasets = complete_datasets(
         manifest, settings.data, model_resolution=base_model.resolution, multiple=facts.multiple, notes=notes
     )
-    prompts = complete_prompts(
-        manifest.prompts,
-        facts=facts,
-        model=base_model,
-        resolution=datasets[0].resolution,
-        seed=settings.training.seed,
-        prefix=_prompt_prefix(datasets, manifest),
-        problems=notes,
-    )
-    prompts = fill_trigger(prompts, trigger_of(datasets), notes)
+    prompts = _prompts(manifest, datasets, facts=facts, model=base_model, seed=settings.training.seed, notes=notes)
     optim = _optimizer_plan(settings.training, family_name, settings.model.base_model, notes)
     single_files.note_prediction(model_plan.parts.get("denoiser"), settings.training, facts, notes)
     adapter = check_targets(settings.adapter, model=model_plan, facts=facts, notes=notes)
@@ -89,6 +80,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
         model=base_model,
         datasets=datasets,
         rank=lora.rank,
+        trains_text=bool(optim.text_encoders),
         prompts=prompts,
         notes=notes,
     )
@@ -114,8 +106,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
     notes.raise_if_any("This cannot be done")
     if not plan.output.name:
         plan = _with_default_name(plan, now=now)
-    automatic = _left_to_hardware(settings)
-    plan = dataclasses.replace(plan, given=tuple(sorted(settings.given)), automatic=automatic)
+    plan = dataclasses.replace(plan, given=tuple(sorted(settings.given)), automatic=_left_to_hardware(settings))
     sanity.warn(sanity.Request(settings, plan, facts, base_model), notes)
     # They are kept in plan.json, and quote what the user has written.
     reasons = tuple(without_secrets(reason) for reason in notes.reasons)
@@ -221,6 +212,24 @@ def _model_source_problem(source: str) -> str | None:
     if not HUB_ID.fullmatch(source) or "/" not in source:
         return "is neither a folder nor the name of a repository"
     return None
+
+
+def _prompts(
+    manifest: Manifest, datasets: tuple[Dataset, ...], *, facts: Facts, model: BaseModel, seed: int, notes: Notes
+) -> tuple[Prompt, ...]:
+    """The prompts of the samples, complete; notes what they set without effect."""
+    prompts = complete_prompts(
+        manifest.prompts,
+        facts=facts,
+        model=model,
+        resolution=datasets[0].resolution,
+        seed=seed,
+        prefix=_prompt_prefix(datasets, manifest),
+        problems=notes,
+        notes=notes.reasons,
+    )
+    notes.warnings += idle_guidance(manifest.prompts, facts, model)
+    return fill_trigger(prompts, trigger_of(datasets), notes)
 
 
 def _prompt_prefix(datasets: tuple[Dataset, ...], manifest: Manifest) -> str:
@@ -394,10 +403,10 @@ def _max_token_length(training: TrainingSettings, facts: Facts, base_model: str,
     length = int(training.max_token_length)
     if length not in facts.max_token_lengths:
         reader, tokens = next(iter(facts.text_readers.values()))
-        notes.add(
-            f"PARAMS_MAX_TOKEN_LENGTH={length}: in {base_model}, {reader} reads {tokens} tokens of a caption, and CLIP "
-            "gives a summary of its beginning. Fix: remove it."
-        )
+        reads = f"{reader} reads {tokens} tokens of a caption"
+        if trainable_encoders(facts.name):  # the CLIPs
+            reads += ", and CLIP gives a summary of its beginning"
+        notes.add(f"PARAMS_MAX_TOKEN_LENGTH={length}: in {base_model}, {reads}. Fix: remove it.")
     return length
 
 

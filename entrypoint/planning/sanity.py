@@ -17,6 +17,7 @@ from trainer.base_model import configs
 from trainer.spec.family import BaseModel, Facts
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.spec.plan import AUTO, Plan
+from trainer.spec.prompts import has_embedded_guidance
 from trainer.spec.rules import sanity
 
 CYCLIC_SCHEDULE = "cosine_with_restarts"
@@ -137,13 +138,17 @@ def _unfit_weights(request: Request) -> str | None:
 def _unfit_file(request: Request) -> str | None:
     """By what the file or the repository is called, or by what the folder's index says: its tensors have no mark."""
     path = request.settings.model.model_path
-    if path is None or request.model.distilled or not request.facts.name_cautions:
+    if path is None or not request.facts.name_cautions:
         return None
     found = _said_by_index(Path(path) / "model_index.json")
     if found is None:
         found = _said_by_name(PurePath(path).name.lower(), request.facts.name_cautions)
     if not found:
         return None
+    if request.model.caution and found.startswith("distilled"):  # as the model's own weights are
+        if request.plan.model.training_adapter:
+            return None
+        return f"MODEL_PATH={path} {request.model.caution}."
     return f"MODEL_PATH={path} is {found}. Fix: the weights of {request.model.source}."
 
 
@@ -284,9 +289,8 @@ def _flow_shift(request: Request) -> str | None:
 
 
 def _guidance(request: Request) -> str | None:
-    embedded = request.model.defaults.get("guidance", request.facts.prompt_guidance)
     guidance = request.plan.train.guidance_scale
-    if embedded not in (0.0, 1.0) or not request.is_given("PARAMS_GUIDANCE_SCALE"):
+    if has_embedded_guidance(request.facts, request.model) or not request.is_given("PARAMS_GUIDANCE_SCALE"):
         return None
     return _no_effect("PARAMS_GUIDANCE_SCALE", f"{guidance:g}", f"{request.plan.model.base} has no embedded guidance")
 

@@ -23,10 +23,14 @@ def learning_rates(
 ) -> dict[str, float]:
     """`OptimPlan.text_encoders` for PARAMS_TEXT_ENCODER_LR: one number for all, or one each, CLIP-L first.
 
-    An encoder whose rate is 0 is not trained, and left out.
+    An encoder whose rate is 0 is not trained, and left out. Where the family has none to train, only 0 is allowed.
     """
     encoders = trainable_encoders(family_name)
     shown = f"PARAMS_TEXT_ENCODER_LR={','.join(f'{rate:g}' for rate in requested)}"
+    if not encoders:
+        if any(requested):
+            notes.add(f"{shown}: {base_model}'s text encoder is not trained. Fix: remove it.")
+        return {}
     names = " and ".join(ENCODER_NAMES[short] for short in encoders.values())
     if len(requested) not in (1, len(encoders)):
         notes.add(f"{shown}: {base_model} has {len(encoders)} to train, {names}. Fix: one number, or as many.")

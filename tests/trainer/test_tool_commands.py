@@ -432,6 +432,15 @@ def test_prompts_are_read_in_every_form_that_a_job_reads(tmp_path, said, name, t
     assert ("read as JSON5" in notes) == (name == "p.json")
 
 
+def test_what_a_prompt_sets_in_vain_is_said(tmp_path, said):
+    facts = get_family("sdxl").FACTS
+    (tmp_path / "p.txt").write_text("a dog --w 65 --g 4")
+    (dog,) = read_prompts(tmp_path / "p.txt", facts, facts.models["mini-sdxl"])
+    assert (dog.width, dog.height) == (64, 128)
+    notes = said()
+    assert "line 1: width 65 becomes 64, a multiple of" in notes and "line 1: --g 4 has no effect" in notes
+
+
 def test_the_defaults_around_a_subset_of_toml_count(tmp_path):
     facts = get_family("flux").FACTS
     (tmp_path / "p.toml").write_text('[prompt]\nwidth = 64\n[[prompt.subset]]\nprompt = "a dog"\nseed = 7\n')

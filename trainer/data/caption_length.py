@@ -32,7 +32,7 @@ SHOWN_CHARACTERS = 40  # of a caption, on each side of the cut
 class Reader:
     """The text encoder that reads the most of a caption, by its tokenizer."""
 
-    name: str  # CLIP or T5
+    name: str  # as in `Facts.text_readers`: T5, for example
     tokenizer: Any  # of transformers, or a LightTokenizer
     limit: int  # tokens, with those of begin and end
 

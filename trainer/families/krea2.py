@@ -102,7 +102,6 @@ FACTS = Facts(
             aliases=("krea-2-turbo",),
             published=published.TURBO,
             licence=licences.KREA_2,
-            distilled=True,
             caution=(
                 "is distilled to few steps, which training on its own weights undoes: images become blurred. Fix: "
                 "BASE_MODEL=krea2, whose LoRAs work on Turbo as well, as those who made it recommend; or "
@@ -131,6 +130,7 @@ FACTS = Facts(
     parts={"denoiser": "transformer", "vae": "vae", "qwen3_vl": "text_encoder"},
     landmarks=("txtfusion.projector.weight", "text_fusion.projector.weight"),
     text_readers={"tokenizer": ("Qwen3-VL", TEXT_TOKENS - SUFFIX_TOKENS)},
+    masks_captions=True,
     lookalikes=(),
     pipelines=published.PIPELINES,
     name_cautions=published.NAME_CAUTIONS,

@@ -115,6 +115,7 @@ FACTS = Facts(
     parts={"denoiser": "transformer", "vae": "vae", "qwen2_5_vl": "text_encoder"},
     landmarks=("txt_norm.weight", "txt_norm.weight"),
     text_readers={"tokenizer": ("Qwen2.5-VL", TEXT_TOKENS)},
+    masks_captions=True,
     lookalikes=published.LOOKALIKES,
     pipelines=published.PIPELINES,
     name_cautions=published.NAME_CAUTIONS,

@@ -151,7 +151,6 @@ class BaseModel:
     aliases: tuple[str, ...] = ()  # further names that people write for it; `source` is one without being listed
     published: Published | None = None  # its configs, for jobs whose weights are local files; None: a miniature
     licence: Licence | None = None  # None: a miniature, which is a part of this program
-    distilled: bool = False  # to few steps, so that files whose names or indexes say so may be its own
     caution: str = ""  # why its own weights are no good start for training, with the fix; for a warning of the plan
 
     @property
@@ -202,6 +201,8 @@ class Facts:
     # What model_index.json may say besides its parts: values that this family's pipeline is made with.
     index_rules: Rules = field(default_factory=dict)
     attention_backends: bool = True  # False: it calls torch's attention, whichever backend diffusers is set to
+    # Whether captions differ in length, so that attention gets a mask for what fills up the shorter ones.
+    masks_captions: bool = False
 
 
 def weights(*parts: str) -> tuple[str, ...]:
@@ -244,7 +245,9 @@ class LoraKeys:
     """The names that LoRA files of a family use, for `trainer.lora_files`."""
 
     layers: tuple[OriginalLayer, ...]
-    encoders: dict[str, str]  # text encoder of diffusers' pipeline → its name in kohya's keys: te1, te2 or te3
+    # Text encoder of diffusers' pipeline → its name in kohya's keys: te1 (CLIP-L), te2 (CLIP-G) or te3 (T5). One that
+    # no tool trains has the name of its part (a key of PREFIXES).
+    encoders: dict[str, str]
     file_formats: tuple[str, ...] = ("kohya",)  # keys of convert.KEY_FORMATS: a job writes a file in each
     dora_formats: tuple[str, ...] = ("kohya", "peft")  # likewise, for DoRA
     other_names: tuple[OriginalLayer, ...] = ()  # further names of layers, which are read and never written

@@ -192,6 +192,25 @@ def make_request(text: str, values: dict[str, Any], *, place: str, problems: Pro
     return PromptRequest(place, text.strip(), **values)
 
 
+def has_embedded_guidance(facts: Facts, model: BaseModel) -> bool:
+    """Whether the model reads a guidance scale. Its default is 0 or 1 where it does not."""
+    return model.defaults.get("guidance", facts.prompt_guidance) not in (0.0, 1.0)
+
+
+def idle_guidance(requests: Sequence[PromptRequest], facts: Facts, model: BaseModel) -> list[str]:
+    """A sentence for each request that sets embedded guidance where the model has none."""
+    if has_embedded_guidance(facts, model):
+        return []
+    idle = []
+    for request in requests:
+        if request.guidance not in (None, 0.0, 1.0):
+            idle.append(
+                f"{request.place}: --g {request.guidance:g} has no effect: this model has no embedded guidance. "
+                "Fix: --l, its classifier-free guidance."
+            )
+    return idle
+
+
 def complete_prompts(
     requests: Sequence[PromptRequest],
     *,
@@ -201,11 +220,12 @@ def complete_prompts(
     seed: int,
     prefix: str,
     problems: Problems,
+    notes: list[str] | None = None,
 ) -> tuple[Prompt, ...]:
     """Fill in what the requests do not set, from the model, its family, `resolution` (width, height) and `seed`.
 
     The n-th prompt (from 0) has seed `seed + n`. `prefix` is put before each text. Sides are rounded down to the
-    family's multiple; one that would become 0 is a problem.
+    family's multiple, with a line in `notes`; one that would become 0 is a problem.
     """
     defaults = {"steps": facts.prompt_steps, "guidance": facts.prompt_guidance, "cfg": facts.prompt_cfg}
     defaults = {**defaults, **model.defaults}
@@ -218,9 +238,12 @@ def complete_prompts(
             if value is not None:
                 values[field] = value
         for side in ("width", "height"):
-            values[side] = values[side] // facts.multiple * facts.multiple
+            asked = values[side]
+            values[side] = asked // facts.multiple * facts.multiple
             if not values[side]:
                 problems.add(f"{request.place}: the {side} is too small. Allowed: {facts.multiple} or more.")
+            elif values[side] != asked and notes is not None:
+                notes.append(f"{request.place}: {side} {asked} becomes {values[side]}, a multiple of {facts.multiple}")
         if HALF_A_LETTER.search(request.text):
             problems.add(f"{request.place}: the text has bytes that are no UTF-8. Fix: save or type it as UTF-8.")
         prompts.append(Prompt(text=prefix + request.text, **values))

@@ -3,8 +3,8 @@
 Letters: B images, C latent channels, H and W rows and columns of the latents, T steps of a discrete schedule; 1 where a
 tensor is broadcast.
 
-`FlowMatching` is for Flux.1 and SD3, `Denoising` for SDXL. Both have `add_noise` (random times and noise), `at` (given
-times and noise) and `prediction`. Times run from 0 (clean) to 1 (pure noise).
+`FlowMatching` and `Denoising` are the objectives that a family may have (`Facts.objective`). Both have `add_noise`
+(random times and noise), `at` (given times and noise) and `prediction`. Times run from 0 (clean) to 1 (pure noise).
 """
 
 from __future__ import annotations

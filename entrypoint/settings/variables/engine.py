@@ -13,6 +13,7 @@ FORMATS = tuple(PRECISIONS)
 # flash_4 is trainer.engine.attention.flash_attention_4. The others are those of diffusers' attention backends that come
 # with torch: the rest need packages that are not installed, or have no backward pass.
 ATTENTION = ("native", "flash_4", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flex")
+UNMASKED = ("_native_flash",)  # those of them that refuse a mask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,13 +50,15 @@ class Planned:
     def __init__(self, on, *datasets, model=MODEL, rank=16, prompts=(), family="flux", **variables):
         asked = {"BASE_MODEL": "flux", "DATASET_NAME": "org/pictures", "PARAMS_OPTIMIZER_TYPE": "adamw", **variables}
         notes = Notes()
+        settings = read_settings(asked)
         self.engine, self.datasets = engine_choice.engine_plan(
-            read_settings(asked),
+            settings,
             on,
             facts=get_family(family).FACTS,
             model=model,
             datasets=datasets or (data(1024, 512, 2),),
             rank=rank,
+            trains_text=any(settings.training.text_encoder_lr),
             prompts=tuple(prompts),
             notes=notes,
         )

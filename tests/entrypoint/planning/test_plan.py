@@ -23,7 +23,7 @@ from entrypoint.settings.variables import NAMES
 from entrypoint.system.hardware import Hardware
 from tests.support.machines import CPU, FULL, HOME, LARGE_GPU, MINI, NOW, SMALL_GPU
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import base_models, get_family, timestep_samplings
+from trainer.spec.family import base_models, get_family, timestep_samplings, trainable_encoders
 from trainer.spec.optimizers import OPTIMIZERS, SCHEDULERS
 from trainer.spec.plan import Dataset, Plan
 from trainer.spec.rules.resume_rules import changes
@@ -613,6 +613,29 @@ def test_flags_stay_and_sides_are_rounded_down():
     assert (made.cfg, made.guidance, made.negative) == (1.5, 0.0, "dark")
 
 
+def test_a_side_that_is_rounded_down_is_said():
+    made = plan(prompts=["a cat", f"a dog --w {MULTIPLE * 5 + 1} --h {MULTIPLE * 4}"])
+    said = [reason for reason in made.reasons if "becomes" in reason]
+    assert said == [
+        f"SAMPLE_PROMPTS, prompts[1]: width {MULTIPLE * 5 + 1} becomes {MULTIPLE * 5}, a multiple of {MULTIPLE}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("base", "idle"),
+    [("z-image", True), ("flux2-klein-4b", True), ("sdxl", True), ("flux-schnell", True), ("flux", False)],
+)
+def test_guidance_that_a_model_does_not_read_is_said_of_each_prompt(base, idle):
+    prompts = ["a cat --g 4", "a dog", {"prompt": "a fox", "guidance_scale": 3.5}, "a hen --guidance_scale 1"]
+    made = plan(on=LARGE_GPU, BASE_MODEL=base, prompts=prompts)
+    said = [warning for warning in made.warnings if "embedded guidance" in warning]
+    because = "has no effect: this model has no embedded guidance. Fix: --l, its classifier-free guidance."
+    assert (
+        said
+        == [f"SAMPLE_PROMPTS, prompts[0]: --g 4 {because}", f"SAMPLE_PROMPTS, prompts[2]: --g 3.5 {because}"] * idle
+    )
+
+
 @pytest.mark.parametrize("base", MODELS)
 def test_a_model_may_have_defaults_of_its_own(base):
     (made,) = plan(BASE_MODEL=base, prompts=["a cat"], on=LARGE_GPU).prompts
@@ -708,3 +731,37 @@ def test_another_attention_needs_a_model_that_can_switch():
         else:
             assert "PARAMS_ATTENTION" in refusal(BASE_MODEL=base, PARAMS_ATTENTION="flex")
             assert plan(BASE_MODEL=base, PARAMS_ATTENTION="native").engine.attention == "native"
+
+
+def test_attention_without_masks_is_refused_where_captions_are_masked():
+    for base, (name, _) in MODELS.items():
+        facts = get_family(name).FACTS
+        if facts.masks_captions:
+            said = refusal(BASE_MODEL=base, PARAMS_ATTENTION="_native_flash")
+            assert f"PARAMS_ATTENTION=_native_flash takes no mask, and {base} masks" in said
+            assert "Fix: set PARAMS_ATTENTION=auto." in said
+        elif facts.attention_backends:
+            assert plan(BASE_MODEL=base, PARAMS_ATTENTION="_native_flash").engine.attention == "_native_flash"
+
+
+def test_a_rate_for_text_encoders_that_are_never_trained_is_refused():
+    for base, (name, _) in MODELS.items():
+        if trainable_encoders(name):
+            continue
+        for rates in ("1e-4", "1e-4,0"):
+            said = refusal(BASE_MODEL=base, PARAMS_TEXT_ENCODER_LR=rates, PARAMS_OPTIMIZER_TYPE="adamw")
+            shown = rates.replace("1e-4", "0.0001")
+            assert f"PARAMS_TEXT_ENCODER_LR={shown}: {base}'s text encoder is not trained. Fix: remove it." in said
+        made = plan(on=LARGE_GPU, BASE_MODEL=base, PARAMS_TEXT_ENCODER_LR="0,0")
+        assert made.engine.replay and made.optim.text_encoders == {}
+
+
+def test_a_length_for_clip_is_refused_with_what_the_model_reads_by():
+    for base, (name, _) in MODELS.items():
+        facts = get_family(name).FACTS
+        if 225 in facts.max_token_lengths:
+            continue
+        said = refusal(BASE_MODEL=base, PARAMS_MAX_TOKEN_LENGTH="225")
+        reader, tokens = next(iter(facts.text_readers.values()))
+        assert f"in {base}, {reader} reads {tokens} tokens of a caption" in said
+        assert ("CLIP gives a summary of its beginning" in said) == (reader == "T5")

@@ -66,6 +66,9 @@ def test_a_distilled_base_is_warned_of_unless_other_weights_are_named():
     [
         ("black-forest-labs/FLUX.2-klein-4B", True),
         ("org/flux-2-klein-9b-fp8", True),
+        ("org/flux2_klein_9b", True),
+        ("org/FLUX.2.klein.4B", True),
+        ("org/flux2_klein_base_9b", False),
         ("black-forest-labs/FLUX.2-klein-base-4B", False),
         ("org/flux-2-klein-base-9b-fp8", False),
     ],
@@ -83,13 +86,38 @@ def test_distilled_weights_under_the_bases_name_are_warned_of(name, distilled):
         ("krea2", "krea/Krea-2-Turbo", True),
         ("krea2", "someone/krea2_turbo_fp8_scaled", True),
         ("krea2", "someone/krea-2-finetune", False),
-        ("krea2-turbo", "someone/krea2_turbo_bf16", False),
+        ("z-image", "Tongyi-MAI/Z-Image-Turbo", True),
+        ("z-image", "someone/z_image_turbo_bf16", True),
+        ("z-image", "someone/zimageTurbo_fp8", True),
+        ("z-image", "someone/z_image_8steps", True),
+        ("z-image", "someone/z_image_3000steps", False),
+        ("z-image", "ostris/Z-Image-De-Turbo", False),
+        ("z-image", "someone/z_image_de_turbo_v1_bf16", False),
+        ("z-image", "someone/zImageDeturbo", False),
+        ("z-image", "someone/z_image_turbo_de-distilled", False),
+        ("z-image", "someone/z_image_bf16", False),
     ],
 )
-def test_turbo_under_raws_name_is_warned_of_and_under_its_own_is_not(base, path, distilled):
+def test_turbo_under_the_bases_name_is_warned_of(base, path, distilled):
     found = warnings(on=LARGE_GPU, BASE_MODEL=base, MODEL_PATH=path)
     assert (f"MODEL_PATH={path} is distilled to few steps" in found) == distilled
-    assert ("Fix: the weights of krea/Krea-2-Raw" in found) == distilled
+    assert (f"Fix: the weights of {base_models()[base][1].source}" in found) == distilled
+
+
+@pytest.mark.parametrize("base", ["z-image-turbo", "krea2-turbo"])
+def test_a_file_of_turbo_under_turbos_name_is_warned_of_as_its_own_weights_are(base):
+    path = f"someone/{base}_bf16"
+    caution = base_models()[base][1].caution
+    adapter = re.search(r"PARAMS_TRAINING_ADAPTER=(\S+\.safetensors)", caution)
+    assert warnings(on=LARGE_GPU, BASE_MODEL=base, MODEL_PATH=path) == f"MODEL_PATH={path} {caution}."
+    assert adapter
+    with_adapter = {"MODEL_PATH": path, "PARAMS_TRAINING_ADAPTER": adapter[1]}
+    assert warnings(on=LARGE_GPU, BASE_MODEL=base, **with_adapter) == ""
+
+
+def test_another_warning_of_a_name_is_not_hidden_by_the_models_own():
+    found = warnings(on=LARGE_GPU, BASE_MODEL="krea2-turbo", MODEL_PATH="someone/krea2_edit")
+    assert "MODEL_PATH=someone/krea2_edit is a model that edits images" in found
 
 
 def test_krea_2_turbos_own_weights_are_warned_of_unless_an_adapter_holds_its_distillation():
@@ -115,6 +143,13 @@ def test_a_folder_says_itself_whether_it_is_distilled(tmp_path, distilled):
         ("Qwen/Qwen-Image-Edit-2509", "edits images"),
         ("someone/Qwen-Image-Lightning-merged", "distilled to few steps"),
         ("someone/qwen-image-finetune", None),
+        ("someone/qwen_image_edit_2509_fp8", "edits images"),
+        ("someone/qwenImageEdit2511", "edits images"),
+        ("someone/qwen_image_8steps", "distilled to few steps"),
+        ("someone/qwen-image-4-step-merge", "distilled to few steps"),
+        ("someone/qwen-image-20000steps", None),
+        ("someone/qwen_image_film_credits", None),
+        ("someone/qwen-image-special-edition", None),
         ("edit/qwen-image", None),
     ],
 )

@@ -108,6 +108,13 @@ def test_a_file_that_is_no_base_model_is_said_to_be_what_it_is(refusal, tmp_path
     assert expected in said and "MODEL_PATH=" in said and "Fix: " in said
 
 
+@pytest.mark.parametrize("base", ["flux2-klein-4b", "flux2-klein-9b"])
+@pytest.mark.parametrize("name", ["flux 2 dev", "flux 2 dev of diffusers"])
+def test_flux2_dev_given_as_klein_is_named(refusal, tmp_path, base, name):
+    said = refusal(base, MODEL_PATH=zeros(tmp_path / "file.safetensors", OTHERS[name][0]))
+    assert f"is FLUX.2 dev, which is not trained here. Fix: a file of {base}." in said
+
+
 @pytest.mark.parametrize(
     ("asked", "actual", "fix"),
     [

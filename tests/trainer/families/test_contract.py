@@ -22,6 +22,7 @@ from diffusers import (
 
 from tests.support import models
 from tests.support.miniatures import PIPELINES, encoded, folder, pipeline
+from trainer.data.batches import stack_texts
 from trainer.engine import adapters
 from trainer.lora_files import convert, peft_bridge, write
 from trainer.spec.family import family_names, get_family
@@ -316,6 +317,14 @@ def test_texts_are_those_of_the_whole_pipeline(name):
         for key, wanted in expected.items():
             found = item[key][item["real"]] if "real" in item else item[key]
             torch.testing.assert_close(found, wanted[caption])
+
+
+@every_family
+def test_a_batch_has_a_mask_for_captions_that_differ_in_length(name):
+    kind = get_family(name)
+    encoders = kind.load_encoders(folder(name), device="cpu", dtype=torch.float32)
+    text = stack_texts(kind.encode_text(encoders, ["a red spot " * 20, ""]))
+    assert ("padding" in text) == kind.FACTS.masks_captions
 
 
 @every_family

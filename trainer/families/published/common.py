@@ -6,7 +6,13 @@ from typing import Any
 
 from trainer.spec.family import Config, Tokenizer
 
-DISTILLED = "distilled to few steps, which training on its weights undoes"  # a value of `Facts.name_cautions`
+# ---- names of files that are no base models, for `Facts.name_cautions`
+
+DISTILLED = "distilled to few steps, which training on its weights undoes"
+EDITS = "a model that edits images, for which LoRAs train with pairs of images"
+FEW_STEPS = r"(?<!\d)\d{1,2}[-_. ]?steps?(?![a-z])"  # 8steps, 4-step; not 3000steps, which somebody trained for
+TURBO = r"^(?!.*de[-_. ]?(turbo|distill)).*turbo"  # not what is made of Turbo by undoing the distillation
+EDIT = r"(?<![a-z])(qwen|image)*edit(?![a-z])"  # not credits, edition
 
 # ---- text encoders
 

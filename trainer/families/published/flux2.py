@@ -24,7 +24,7 @@ from trainer.spec.rules.config_rules import (
     whole,
 )
 
-NAME_CAUTIONS = {"klein-?(4b|9b)": common.DISTILLED}  # the names of the base models have `base` between
+NAME_CAUTIONS = {"klein[-_. ]?(4b|9b)": common.DISTILLED}  # the names of the base models have `base` between
 STATES = 3  # hidden states of the text encoder that are put side by side
 VAE: Config = {
     "_class_name": "AutoencoderKLFlux2",

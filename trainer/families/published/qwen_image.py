@@ -65,11 +65,12 @@ LOOKALIKES = (
     Lookalike("Qwen-Image 2.1, another architecture", "txt_in.text_norm.weight"),
 )
 NAME_CAUTIONS = {
-    "edit": "a model that edits images, for which LoRAs train with pairs of images",
+    common.EDIT: common.EDITS,
     "lightning": common.DISTILLED,
     "turbo": common.DISTILLED,
     "rapid": common.DISTILLED,
     "distill": common.DISTILLED,
+    common.FEW_STEPS: common.DISTILLED,
 }
 
 # ---- what the configs of a model of this family may say

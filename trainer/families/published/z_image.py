@@ -77,6 +77,9 @@ def _z_image(*, shift: float) -> Published:
 BASE = _z_image(shift=6.0)
 TURBO = _z_image(shift=3.0)
 
+# Turbo has the same tensors as the base model.
+NAME_CAUTIONS = {common.TURBO: common.DISTILLED, common.FEW_STEPS: common.DISTILLED}
+
 LOOKALIKES = (
     Lookalike("Lumina 2", "cap_embedder.1.weight", (2304, None)),
     Lookalike("Lumina 2", "time_caption_embed.caption_embedder.1.weight"),
