@@ -249,6 +249,7 @@ class LoraKeys:
     dora_formats: tuple[str, ...] = ("kohya", "peft")  # likewise, for DoRA
     other_names: tuple[OriginalLayer, ...] = ()  # further names of layers, which are read and never written
     namesake: str = ""  # a family with the names of this one's blocks: what fits both is its
+    not_in_every_block: tuple[str, ...] = ()  # ends of diffusers' names: of layers that some blocks of a list lack
     one_width: bool = False  # whether the shorter side of every linear layer in the blocks is Footprint.hidden_size
 
 

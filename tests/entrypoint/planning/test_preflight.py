@@ -98,7 +98,9 @@ def test_the_licence_is_said_before_anything_is_fetched(plan: Plan, tmp_path: Pa
     caplog.set_level("INFO")
     check(dataclasses.replace(plan, model=dataclasses.replace(plan.model, base="flux")), tmp_path)
     first, *_ = caplog.messages
-    assert first.startswith("Licence of flux, and so of its LoRAs: flux-1-dev-non-commercial-license. Non-commercial use")
+    assert first.startswith(
+        "Licence of flux, and so of its LoRAs: flux-1-dev-non-commercial-license. Non-commercial use"
+    )
     caplog.clear()
     check(plan, tmp_path)  # of a part of this program
     assert "Licence" not in caplog.text
