@@ -201,6 +201,8 @@ class Facts:
     hub_tags: tuple[str, ...] = ()  # of a model card on the Hub, by which people find LoRAs of this family
     # What model_index.json may say besides its parts: values that this family's pipeline is made with.
     index_rules: Rules = field(default_factory=dict)
+    # Fields of plan.Prompt for a folder whose index says is_distilled, where they differ from the family's.
+    distilled_defaults: dict[str, Any] = field(default_factory=dict)
     attention_backends: bool = True  # False: it calls torch's attention, whichever backend diffusers is set to
 
 
