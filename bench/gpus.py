@@ -12,8 +12,7 @@ side by side, in the steps that a job makes of a shuffled epoch. With `--what`, 
 the same batch and shapes times the number of GPUs. `sum_ms`: how long all processes take to sum the gradient when they
 begin at the same moment, and `reduce_ms` the part of it that moves the gradient: what overlapping it with the backward
 pass could hide at most. `shape_waits`: the share of a step in which a process waits because another one has a larger
-shape, if a step takes as long as its pixels are many; `waits_at_random`: the same, if each step had the next batches of
-the shuffled epoch. With `--small`, on the CPU.
+shape, if a step takes as long as its pixels are many. With `--small`, on the CPU.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ from bench.report import Report, options
 from bench.step import DEVICE, Bench, base_of, free
 from trainer.data.batches import MicroBatch
 from trainer.engine.execution import Engine
-from trainer.job.sizes import steps_of
 from trainer.spec.errors import KilnError
 from trainer.training.distributed import Workers
 
@@ -61,16 +59,11 @@ def of_job(asked: argparse.Namespace, count: int, batch: int, workers: Workers) 
     except KilnError as problem:
         return {**row, "images_s": str(problem).splitlines()[0][:100]}
     rounds = math.ceil(asked.steps / len(made))
-    by_id = dict(zip(map(id, epoch), made, strict=True))
     steps: list[list[MicroBatch]] = []
-    at_random: list[list[MicroBatch]] = []
     for number in range(rounds + 1):
-        # So often that each step has a batch for every process.
-        order = epoch * workers.size
+        order = made * workers.size  # so often that each step has a batch for every process
         random.Random(number).shuffle(order)
-        steps += [[by_id[id(order[place])] for place in step] for step in steps_of(order, workers.size)]
-        for start in range(0, len(order), workers.size):
-            at_random.append([by_id[id(each)] for each in order[start : start + workers.size]])
+        steps += [order[start : start + workers.size] for start in range(0, len(order), workers.size)]
     times = list(job.train([step[workers.process_rank] for step in steps]))
     measured = steps[len(made) :]
     seconds = times[-1] - times[len(made) - 1]
@@ -78,7 +71,7 @@ def of_job(asked: argparse.Namespace, count: int, batch: int, workers: Workers) 
     row["step_s"] = round(seconds / len(measured), 4)
     row |= sums(job.runner.flat_grad, batch, workers)
     row["images_s"] = round(images / seconds, 3)
-    row |= {"shape_waits": round(waits(measured), 4), "waits_at_random": round(waits(at_random), 4)}
+    row["shape_waits"] = round(waits(measured), 4)
     row["parameters_m"] = round(job.runner.flat_grad.numel() / 1e6, 1)
     row["captured"] = job.runner.capturing
     workers.check_same(job.state.optimizer_params)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from entrypoint.settings.checks import Notes, is_file, is_folder
 from entrypoint.settings.variables.adapter import AdapterSettings
-from trainer.lora_files import inspect, key_names
+from trainer.lora_files import blocks, inspect, key_names
 from trainer.lora_files.inspect import LoraSummary, Training
-from trainer.spec.family import BaseModel, Facts, get_family
+from trainer.spec.family import Facts, get_family
 from trainer.spec.plan import LoraPlan, ModelPlan, Plan
 from trainer.spec.rules.resume_rules import check_named_state
 from trainer.spec.targets import NUMBER, is_target, layer_names
@@ -94,13 +94,16 @@ def adapter_shape(
         return without_file
     where = f"PARAMS_RESUME_FROM={file}"
     try:
-        lora = inspect.summarize(safetensors_header.read_header(Path(file)), facts.name)
+        header = safetensors_header.read_header(Path(file))
+        lora = inspect.summarize(header, facts.name)
     except ValueError as problem:
         allowed = "" if "Fix:" in str(problem) else f" {ALLOWED}"
         notes.add(f"{where}: {problem}.{allowed}")
         return without_file
+    others = blocks.models_with_these_blocks(header, facts, width=_width(lora))
     refusal = (
         _wrong_shape(lora, facts, model)
+        or _wrong_blocks(lora, facts, model, others)
         or _wrong_type(lora, settings.lora_type)
         or _untrained_modules(lora, facts, targets, trained_encoders)
     )
@@ -108,6 +111,8 @@ def adapter_shape(
         notes.add(f"{where}: {refusal}")
         return without_file
     notes.chose("PARAMS_RESUME_FROM", file, str(lora))
+    if another := _maybe_of_another_model(lora, facts, model, others):
+        notes.warn(f"{where}: {another}")
     trained = _own_training(lora, facts)
     if targets is None:
         targets = _targets_to_go_on_with(lora, trained, facts, model, notes)
@@ -168,7 +173,8 @@ def _blocks_left_out(lora: LoraSummary, facts: Facts, targets: Sequence[str], mo
             return layer
     if layers:
         return None
-    last_blocks = _last_blocks(facts.models[model.base], facts)
+    known = blocks.last_blocks(facts.models[model.base], facts.name)
+    of_file = blocks.last_blocks_of_layers(lora.modules, facts.name) or {}
     for template in layer_names(facts.name):
         example = template.replace(NUMBER, "0")
         if not is_target(example, targets):
@@ -176,7 +182,10 @@ def _blocks_left_out(lora: LoraSummary, facts: Facts, targets: Sequence[str], mo
         numbers = [n for n in range(MOST_BLOCKS) if template.replace(NUMBER, str(n)) in in_file]
         if NUMBER not in template:
             numbers = [0] if template in in_file else []
-        last = last_blocks.get(template, max(numbers, default=0))
+        last = max(numbers, default=0)
+        if not is_target(template, get_family(facts.name).LORA_KEYS.not_in_every_block):
+            list_name = blocks.list_of(template)
+            last = known.get(list_name, of_file.get(list_name, 0))
         for number in range(last + 1):
             if number not in numbers:
                 return template.replace(NUMBER, str(number))
@@ -185,18 +194,6 @@ def _blocks_left_out(lora: LoraSummary, facts: Facts, targets: Sequence[str], mo
 
 def _by_number(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
-
-
-def _last_blocks(base: BaseModel, facts: Facts) -> dict[str, int]:
-    """Layer with {} for the number of its block → the last number, as far as a published model's marks name it."""
-    last: dict[str, int] = {}
-    for name, shape in (base.published.marks if base.published else {}).items():
-        layer = key_names.find_layer(name.removesuffix(".weight"), facts.name)
-        if shape is None or layer is None or layer.original is None or not layer.number.isdecimal():
-            continue
-        for template in layer.original.diffusers_names:
-            last[template] = max(last.get(template, 0), int(layer.number))
-    return last
 
 
 def _is_fused(parts: Sequence[str], lora: LoraSummary, targets: Sequence[str]) -> bool:
@@ -249,6 +246,49 @@ def _wrong_shape(lora: LoraSummary, facts: Facts, model: ModelPlan) -> str | Non
         if not weights and width and _is_in_block(module) and min(sides) != width:
             return f"{module} is {list(sides)} in the file, and layers of {model.base} are {width} wide. {ANOTHER_BASE}"
     return None
+
+
+def _width(lora: LoraSummary) -> int:
+    """The shorter side of most layers in blocks."""
+    shorter = [min(sides) for module, sides in lora.sides.items() if _is_in_block(module)]
+    return max(set(shorter), key=shorter.count, default=0)
+
+
+def _wrong_blocks(lora: LoraSummary, facts: Facts, model: ModelPlan, others: Sequence[str]) -> str | None:
+    """Why its blocks are not those of the base model, as far as these are known before the download.
+
+    `others`: the models that end with the file's blocks.
+    """
+    if _weights_of(model, facts):
+        return None  # by its layers: `_wrong_shape`
+    known = blocks.last_blocks(facts.models[model.base], facts.name)
+    of_file = blocks.last_blocks_of_layers(lora.sides, facts.name) or {}
+    for list_name, last in of_file.items():
+        if last > known.get(list_name, last):
+            whose = f" {_ends_like(others)}" if others else ""
+            return (
+                f"it has {list_name}.{last}, and the last of {model.base} is {list_name}.{known[list_name]}.{whose} "
+                f"{ANOTHER_BASE}"
+            )
+    return None
+
+
+def _maybe_of_another_model(lora: LoraSummary, facts: Facts, model: ModelPlan, others: Sequence[str]) -> str | None:
+    """What speaks for another base model in a file that fits; None where its header or its last blocks are ours."""
+    if not others or lora.training is not None:
+        return None
+    known = blocks.last_blocks(facts.models[model.base], facts.name)
+    of_file = blocks.last_blocks_of_layers(lora.sides, facts.name) or {}
+    if all(known.get(list_name) == last for list_name, last in of_file.items()):
+        return None
+    return (
+        f"{_ends_like(others)} Layers of {model.base} have the same names and sides, so that nothing else tells them "
+        f"apart. If it is a LoRA for {others[0]}, set BASE_MODEL={others[0]}."
+    )
+
+
+def _ends_like(others: Sequence[str]) -> str:
+    return f"Its last block is that of {' and of '.join(others)}."
 
 
 def _without_kernel(sides: tuple[int, ...]) -> tuple[int, ...]:

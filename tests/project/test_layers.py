@@ -64,7 +64,8 @@ WITHOUT_TORCH = (
         "trainer.captioning.requests",
         "trainer.captioning.store",
     ),
-    *("trainer.lora_files.contents", "trainer.lora_files.inspect", "trainer.lora_files.key_names"),
+    *("trainer.lora_files.blocks", "trainer.lora_files.contents"),
+    *("trainer.lora_files.inspect", "trainer.lora_files.key_names"),
     *("trainer.lora_files.numbers", "trainer.lora_files.other_kinds"),
     *("trainer.data.caption_files", "trainer.data.caption_length", "trainer.data.captions", "trainer.data.folder"),
     *(

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.spec.errors import SettingsError
 from trainer.spec.family import Facts
 from trainer.spec.rules.config_rules import CODE_KEYS, COMMON, ConfigKind
 from trainer.spec.values import printable, show, some
@@ -36,6 +37,14 @@ def read_object(path: Path, *, limit: int = LARGEST_CONFIG) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("is damaged: it holds no JSON object")
     return value
+
+
+def is_distilled(folder: Path) -> bool:
+    """Whether the index of a model's folder says that it is distilled. Raises SettingsError where it cannot be read."""
+    try:
+        return read_object(folder / INDEX).get("is_distilled") is True
+    except ValueError as problem:
+        raise SettingsError(f"{folder / INDEX} {problem}. Fix: download the model's folder again.") from problem
 
 
 def check_code(config: Mapping[str, Any]) -> None:

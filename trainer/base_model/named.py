@@ -7,15 +7,18 @@ files, and like a job it needs neither a token nor a gated repository where ever
 from __future__ import annotations
 
 import difflib
+import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trainer.base_model import hub_files, model_folder, weight_kinds, without_weights
+from trainer.base_model import configs, hub_files, model_folder, weight_kinds, without_weights
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import PREFIXES, BaseModel, Facts, base_models, family_names, get_family
 from trainer.spec.plan import ModelPlan
 
+log = logging.getLogger(__name__)
 LEFT_OUT = "none"  # the value of --t5 and the others that leaves the part out
 # Part → the option that names its file.
 OPTIONS = {"denoiser": "--base", "vae": "--vae", "clip_l": "--clip-l", "clip_g": "--clip-g", "t5": "--t5"}
@@ -74,10 +77,13 @@ def _no_config(asked: Asked) -> None:
 
 def _defaults(plan: ModelPlan) -> BaseModel:
     """The model whose defaults for prompts count."""
+    facts = get_family(plan.family).FACTS
+    if plan.path and facts.distilled_defaults and configs.is_distilled(Path(plan.path)):
+        return BaseModel(plan.source, files_gib=0.0, defaults=facts.distilled_defaults)
     known = base_models().get(plan.base)
     if known is not None:
         return known[1]
-    for model in get_family(plan.family).FACTS.models.values():
+    for model in facts.models.values():
         if model.source == plan.source:  # a miniature by its folder
             return model
     return BaseModel(plan.source, files_gib=0.0)
@@ -170,9 +176,9 @@ def _plan_file(asked: Asked, file: Path) -> ModelPlan:
 def _config(asked: Asked, file: Path, facts: Facts, bare: weight_kinds.Entries) -> tuple[str, str | None]:
     """The value of BASE_MODEL that a file is completed from, and the folder by --config, if it names one."""
     fitting = [base for base in weight_kinds.fitting_bases(bare) if base in facts.models]
-    base = (fitting or list(facts.models))[0]
     if asked.config is None:
-        return base, None
+        return _base_of_file(file, fitting or list(facts.models)[:1], facts), None
+    base = _by_name(file, fitting, facts) or (fitting or list(facts.models))[0]
     if asked.config not in facts.models:
         folder = Path(asked.config).expanduser()
         if folder.is_dir():
@@ -184,6 +190,63 @@ def _config(asked: Asked, file: Path, facts: Facts, bare: weight_kinds.Entries) 
     if fitting and asked.config not in fitting and facts.models[asked.config].published:
         raise SettingsError(f"--config {asked.config}: {file} is of another base model. Fix: --config {fitting[0]}.")
     return asked.config, None
+
+
+def _base_of_file(file: Path, fitting: list[str], facts: Facts) -> str:
+    """The base that a file is taken for: its tensors fit all of `fitting`. Raises SettingsError where that is open."""
+    base = fitting[0]
+    if any(_draws_otherwise(facts.models[other], facts.models[base]) for other in fitting):
+        named = _by_name(file, fitting, facts)
+        if named is None:
+            choices = ", ".join(fitting)
+            raise SettingsError(
+                f"--base {file} fits several base models, which draw in other ways, and its name does not tell which: "
+                f"{choices}. Fix: --config and one of them."
+            )
+        base = named
+        log.info("%s is taken for %s, by its name. If it is not, add --config.", file, base)
+    else:
+        log.info("%s is taken for %s, by its tensors.", file, base)
+    return base
+
+
+def _draws_otherwise(one: BaseModel, other: BaseModel) -> bool:
+    return one.published is not other.published or one.defaults != other.defaults
+
+
+def _by_name(file: Path, fitting: list[str], facts: Facts) -> str | None:
+    """The one of `fitting` whose name is in the file's; None if none is, or a word of another's is there too.
+
+    z_image_turbo_bf16 is z-image-turbo, and z_image_bf16 is z-image. z-image-de-turbo may be either.
+    """
+    stem = _letters(file.stem)
+    lengths: dict[str, int] = {}
+    for base in fitting:
+        for name in _names(base, facts.models[base]):
+            if _letters(name) in stem:
+                lengths[base] = max(lengths.get(base, 0), len(_letters(name)))
+    if not lengths:
+        return None
+    best = max(lengths, key=lambda base: lengths[base])
+    own_words = {word for name in _names(best, facts.models[best]) for word in _words(name)}
+    for base in fitting:
+        if _draws_otherwise(facts.models[base], facts.models[best]):
+            others = {word for name in _names(base, facts.models[base]) for word in _words(name)}
+            if any(word in stem for word in others - own_words):
+                return None
+    return best
+
+
+def _names(base: str, model: BaseModel) -> list[str]:
+    return [base, *model.aliases, model.source.rpartition("/")[2]]
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z]{2,}", name.lower())
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _chosen_parts(asked: Asked, facts: Facts, model: BaseModel | None) -> dict[str, str]:

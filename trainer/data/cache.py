@@ -14,6 +14,7 @@ Letters: B images, H × W pixels, h × w latents, C channels of the latents.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import itertools
@@ -47,6 +48,8 @@ VERSION = 1  # of the files' content; a change of it encodes everything again
 Item = dict[str, torch.Tensor]
 Variant = tuple[ImageRecord, View]
 Pixels = tuple[np.ndarray, np.ndarray | None]  # (H, W, 3), and the mask (H, W)
+# What reading a damaged item raises; of OSErrors EIO: a sector that cannot be read.
+DAMAGE = (ValueError, SafetensorError, OSError)
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -84,30 +87,40 @@ class Cache:
         for packs in self._packs.values():
             packs.refresh()
 
+    def _found(self, path: Path) -> PackedItem | None:
+        """`_packed`, also if another process has written it meanwhile."""
+        packed = self._packed(path)
+        if packed is None and not path.exists():
+            self.refresh()
+            packed = self._packed(path)
+        return packed
+
     def has(self, path: Path) -> bool:
         """Whether the item of this path is in a pack, or is a file that is intact."""
         return self._packed(path) is not None or _is_intact(path)
 
     def size(self, path: Path) -> int:
         """Bytes of an item."""
-        packed = self._packed(path)
+        packed = self._found(path)
         return packed.length if packed else path.stat().st_size
 
     def load(self, path: Path) -> Item:
         """One item's tensors. Raises UnreachableError for a damaged one in a pack: the next start encodes it again."""
-        packed = self._packed(path)
-        if packed is None and not path.exists():  # another process may have written it
-            self.refresh()
-            packed = self._packed(path)
+        packed = self._found(path)
         if packed is None:
             return load(path)
         try:
             return _unpacked(packed.read())
-        except (ValueError, SafetensorError) as problem:
-            pack_file.list_damaged(packed.pack, packed.key)
+        except DAMAGE as problem:
+            if isinstance(problem, OSError) and problem.errno != errno.EIO:
+                raise
+            fix = "start again, and what is damaged is encoded anew"
+            try:
+                _list_damaged(packed.pack)
+            except OSError as unlisted:
+                fix = f"delete it and start again: beside it nothing can be noted ({unlisted.strerror})"
             raise UnreachableError(
-                f"The cache is damaged: {packed.pack} is not what was written ({problem}). Fix: start again, "
-                "and it is encoded anew."
+                f"The cache is damaged: {packed.pack} is not what was written ({problem}). Fix: {fix}."
             ) from problem
 
     @contextlib.contextmanager
@@ -121,12 +134,11 @@ class Cache:
         def write(path: Path, item: Item) -> None:
             writers[path.parent.parent.name].add(bytes.fromhex(path.stem), _bytes(item))
 
-        try:
-            yield write
-        finally:
+        with contextlib.ExitStack() as ended:  # one that fails keeps no other from being closed
+            ended.callback(self.refresh)
             for writer in writers.values():
-                writer.close()
-            self.refresh()
+                ended.callback(writer.close)
+            yield write
 
     def _path(self, subfolder: str, key: str) -> Path:
         # Two letters of the hash make 256 folders: network volumes list large folders slowly.
@@ -325,6 +337,18 @@ def _unpacked(data: bytes) -> Item:
     if metadata.get("sha256") != _hash(item):
         raise ValueError("its digest is another")
     return item
+
+
+def _list_damaged(pack: Path) -> None:
+    """Note all items of a pack that are damaged, so that one more start is enough. Raises OSError."""
+    damaged = []
+    for row in pack_file.read_rows(pack):
+        key = row["key"].tobytes()
+        try:
+            _unpacked(pack_file.read_item(pack, key, int(row["offset"]), int(row["length"])))
+        except DAMAGE:
+            damaged.append(key)
+    pack_file.list_damaged(pack, damaged)
 
 
 def _is_intact(path: Path) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.base_model import configs
 from trainer.families import common
 from trainer.families.published import flux2 as published
 from trainer.families.published import licences
@@ -149,6 +150,8 @@ FACTS = Facts(
     hub_tags=("flux2",),
     kinds=published.KINDS,
     same_sizes=published.same_sizes,
+    index_rules=published.INDEX_RULES,
+    distilled_defaults={"steps": 4, "cfg": 1.0},  # as the distilled klein models are made to draw
     prompt_steps=50,
     prompt_guidance=1.0,
     prompt_cfg=4.0,
@@ -341,6 +344,7 @@ def sample(
         scheduler=common.load_scheduler(FlowMatchEulerDiscreteScheduler, folder, KINDS["scheduler"], scheduler),
         vae=vae,
         transformer=denoiser,
+        is_distilled=configs.is_distilled(folder),
         **common.without_text_encoders(LORA_KEYS.encoders),
     )
     pipe.set_progress_bar_config(disable=True)

@@ -25,7 +25,6 @@ from trainer.families import common, qwen_vae
 from trainer.families.published import krea2 as published
 from trainer.families.published import licences
 from trainer.families.qwen_image import AFTER, BEFORE, DROPPED_TOKENS  # the same template
-from trainer.spec.errors import SettingsError
 from trainer.spec.family import (
     CLIP_TOKENS,
     BaseModel,
@@ -81,6 +80,8 @@ _LAYERS = (
     *("ff.gate", "ff.up", "ff.down"),
 )
 
+DISTILLED_DEFAULTS: dict[str, Any] = {"steps": 8, "cfg": 1.0}  # of prompts: Turbo's
+
 FACTS = Facts(
     name="krea2",
     models={
@@ -98,7 +99,7 @@ FACTS = Facts(
             files_gib=33.0,
             footprint=FOOTPRINT,
             gated=True,
-            defaults={"steps": 8, "cfg": 1.0},
+            defaults=DISTILLED_DEFAULTS,
             aliases=("krea-2-turbo",),
             published=published.TURBO,
             licence=licences.KREA_2,
@@ -137,6 +138,7 @@ FACTS = Facts(
     hub_tags=("krea2",),
     kinds=published.KINDS,
     index_rules=published.INDEX_RULES,
+    distilled_defaults=DISTILLED_DEFAULTS,
     same_sizes=published.same_sizes,
     prompt_steps=28,
     prompt_guidance=1.0,
@@ -307,7 +309,7 @@ def sample(
         scheduler=common.load_scheduler(FlowMatchEulerDiscreteScheduler, folder, KINDS["scheduler"], scheduler),
         vae=vae,
         transformer=denoiser,
-        is_distilled=_is_distilled(folder),
+        is_distilled=configs.is_distilled(folder),
         **common.without_text_encoders(LORA_KEYS.encoders),
     )
     pipe.set_progress_bar_config(disable=True)
@@ -329,14 +331,6 @@ def sample(
     ).images
     latents_BCHW = _unpacked(tokens_BTD, prompt.height // 8, prompt.width // 8)
     return common.to_image(pipe, qwen_vae.decode_latents(vae, latents_BCHW))
-
-
-def _is_distilled(folder: Path) -> bool:
-    """Whether model_index.json says so. Raises SettingsError where it cannot be read."""
-    try:
-        return configs.read_object(folder / configs.INDEX).get("is_distilled") is True
-    except ValueError as problem:
-        raise SettingsError(f"{folder / configs.INDEX} {problem}. Fix: download the model's folder again.") from problem
 
 
 def _embeddings(prefix: str, text: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:

@@ -365,6 +365,11 @@ LORA_KEYS = LoraKeys(
         OriginalLayer("final_layer.adaLN_modulation.1", ("norm_out.linear",), halves_swapped=True),
     ),
     encoders={"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "te3"},  # CLIP-L, CLIP-G, T5
+    # The last block ends with the image; the second attention is in the first blocks of SD3.5 medium.
+    not_in_every_block=(
+        *(f"attn2.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0")),
+        *("attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2"),
+    ),
     one_width=True,
     file_formats=("kohya", "peft"),  # every tool but diffusers reads kohya's keys, and few others read diffusers'
 )

@@ -93,7 +93,8 @@ FACTS = Facts(
                 "PARAMS_TRAINING_ADAPTER=ostris/zimage_turbo_training_adapter/"
                 "zimage_turbo_training_adapter_v2.safetensors, which is part of the weights while they train and of "
                 "nothing else; or BASE_MODEL=z-image, whose LoRAs work on Turbo as well, at a strength of 1 to 2; or "
-                "MODEL_PATH=the file of a Turbo without distillation, such as ostris/Z-Image-De-Turbo"
+                "BASE_MODEL=z-image with MODEL_PATH=the file of a Turbo without distillation, such as "
+                "ostris/Z-Image-De-Turbo"
             ),
         ),
         "mini-z-image": BaseModel(MINIATURE, files_gib=0.0, resolution=128, defaults={"cfg": 3.0}),

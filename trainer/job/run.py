@@ -208,6 +208,7 @@ def _encode(data: PreparedData, workers: Workers, *, with_first: bool = True, ch
     workers.wait_for_all(check_in)  # another machine may have to read its images first
     fill_cache(data, check_in=check_in, share=workers.share_cache(with_first))
     workers.wait_for_all(check_in)
+    data.cache.refresh()  # with what the others have written
 
 
 def _train(

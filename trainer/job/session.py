@@ -33,7 +33,6 @@ from trainer.job.reporting.contact_sheet import contact_sheet
 from trainer.job.reporting.metrics import Metrics, plan_as_markdown
 from trainer.job.reporting.status import Status
 from trainer.job.saving import Saver
-from trainer.job.sizes import steps_of
 from trainer.job.watchdog import Watchdog
 from trainer.spec.errors import FileMismatchError
 from trainer.spec.family import Family
@@ -227,15 +226,13 @@ class Session:
         pinned = self.plan.engine.device == "cuda"  # for copies to the device that nothing waits for
         lengths = batches.text_lengths(self.sampler.all_captions(), self.cache)
         epoch_batches: Sequence[Batch] = ()
-        steps: list[list[int]] = []
         for done in range(first, self.total):
             epoch, index = divmod(done, self.steps_per_epoch)
             if index == 0 or done == first:
                 epoch_batches = self.sampler.epoch(epoch)
-                steps = steps_of(epoch_batches, per_step)
             group = []
-            for place in steps[index][self.workers.process_rank :: self.workers.size]:
-                batch = epoch_batches[place]
+            step_batches = epoch_batches[index * per_step : (index + 1) * per_step]
+            for batch in step_batches[self.workers.process_rank :: self.workers.size]:
                 # Captured steps are of one length of captions; launched ones need no padding.
                 micro_batch = batches.micro_batch(self.cache, batch, lengths if self.runner.capturing else None)
                 group.append(micro_batch.each(torch.Tensor.pin_memory) if pinned else micro_batch)

@@ -40,34 +40,6 @@ def one_of_each_size(epoch: Sequence[Batch]) -> list[Batch]:
     return sorted(by_size.values(), key=lambda batch: -len(batch) * math.prod(batch[0].view.size))
 
 
-def steps_of(epoch: Sequence[Batch], per_step: int) -> list[list[int]]:
-    """Which batches of an epoch, which has its own random order, make each optimiser step: `per_step` places each.
-
-    Batches of one size share a step as far as there are enough of them, and of what is left over those that are next to
-    each other by size: the processes of a step wait for the largest batch. Steps come in the order of their first
-    batches; the last one may have fewer. The steps do not depend on how many processes share them.
-    """
-    if per_step == 1:
-        return _cut(list(range(len(epoch))), 1)
-    by_size: dict[tuple[int, ...], list[int]] = {}  # size → places in the epoch
-    for place, batch in enumerate(epoch):
-        by_size.setdefault(size_of(batch)[:3], []).append(place)
-    steps: list[list[int]] = []
-    left_over: list[int] = []
-    for places in by_size.values():
-        even = len(places) - len(places) % per_step
-        steps += _cut(places[:even], per_step)
-        left_over += places[even:]
-    left_over.sort(key=lambda place: (-len(epoch[place]) * math.prod(epoch[place][0].view.size), place))
-    steps += _cut(left_over, per_step)
-    steps.sort(key=lambda places: (len(places) < per_step, min(places)))
-    return steps
-
-
-def _cut(places: list[int], length: int) -> list[list[int]]:
-    return [places[start : start + length] for start in range(0, len(places), length)]
-
-
 def largest_batches(epoch: Sequence[Batch]) -> list[Batch]:
     """The batches not dominated by another in both image count and image size: one of them needs the most memory.
 

@@ -3,10 +3,10 @@
 Read `weights` (a LoRA independent of key names), `key_names` (the layer that a key names), `contents` (the tensors of
 a file by layer, all checked: the planner and the tools refuse the same files with the same words), `other_kinds` (files
 that are no LoRA, or of another model), `numbers` (values without torch), `inspect` (what a job that starts from a file
-takes from it), `precision` (16 bits that lose nothing), `convert` (files ↔ weights), `peft_bridge` (weights ↔ the
-adapters that train), `metadata` and `write`.
+takes from it), `blocks` (which blocks a file and a published model have), `precision` (16 bits that lose nothing),
+`convert` (files ↔ weights), `peft_bridge` (weights ↔ the adapters that train), `metadata` and `write`.
 `arguments` has what the two commands share. Imports `trainer.spec` and `trainer.storage`. `key_names`, `contents`,
-`other_kinds`, `numbers` and `inspect` need no torch, and the entrypoint uses them.
+`other_kinds`, `numbers`, `inspect` and `blocks` need no torch, and the entrypoint uses them.
 
 The formats. A LoRA adds scale * up @ down to a weight, with scale = alpha / r. Four spellings are written
 (`convert.KEY_FORMATS`), and the tools read them so (docs/lora-files.md has the versions tested):

@@ -200,6 +200,8 @@ class Facts:
     hub_tags: tuple[str, ...] = ()  # of a model card on the Hub, by which people find LoRAs of this family
     # What model_index.json may say besides its parts: values that this family's pipeline is made with.
     index_rules: Rules = field(default_factory=dict)
+    # Fields of plan.Prompt for a folder whose index says is_distilled, where they differ from the family's.
+    distilled_defaults: dict[str, Any] = field(default_factory=dict)
     attention_backends: bool = True  # False: it calls torch's attention, whichever backend diffusers is set to
     # Whether captions differ in length, so that attention gets a mask for what fills up the shorter ones.
     masks_captions: bool = False
@@ -252,6 +254,7 @@ class LoraKeys:
     dora_formats: tuple[str, ...] = ("kohya", "peft")  # likewise, for DoRA
     other_names: tuple[OriginalLayer, ...] = ()  # further names of layers, which are read and never written
     namesake: str = ""  # a family with the names of this one's blocks: what fits both is its
+    not_in_every_block: tuple[str, ...] = ()  # ends of diffusers' names: of layers that some blocks of a list lack
     one_width: bool = False  # whether the shorter side of every linear layer in the blocks is Footprint.hidden_size
 
 

@@ -61,6 +61,14 @@ def test_a_distilled_base_is_warned_of_unless_other_weights_are_named():
     assert warnings(on=LARGE_GPU, BASE_MODEL="z-image-turbo", MODEL_PATH="someone/z-image-de-turbo") == ""
 
 
+def test_the_advice_about_turbo_without_distillation_gives_it_the_samples_of_such_a_model():
+    found = warnings(on=LARGE_GPU, BASE_MODEL="z-image-turbo")
+    advice = re.search(r"BASE_MODEL=(\S+) with MODEL_PATH=the file of a Turbo without distillation", found)
+    assert advice
+    drawn = plan(on=LARGE_GPU, BASE_MODEL=advice[1], MODEL_PATH="ostris/Z-Image-De-Turbo", prompts=["a fox"])
+    assert [(prompt.steps > 20, prompt.cfg > 1) for prompt in drawn.prompts] == [(True, True)]
+
+
 @pytest.mark.parametrize(
     ("name", "distilled"),
     [

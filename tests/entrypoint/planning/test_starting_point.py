@@ -144,6 +144,94 @@ def test_the_blocks_of_a_published_model_are_known_before_the_download(tmp_path,
         assert set(found.lora.targets) == set(layers) and f"without {missing};" in chosen(found)
 
 
+ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")  # PEFT's usual targets
+
+
+def attention_file(place: Path, count: int, **metadata: str) -> str:
+    """A LoRA of attention in so many blocks, without anything else that names its model."""
+    tensors: Matrices = {}
+    for number in range(count):
+        for layer in ATTENTION:
+            tensors |= peft(f"{DOUBLE}.{number}.{layer}", rank=1, width=3072)
+    return write(place / "x.safetensors", tensors, **metadata)
+
+
+@pytest.mark.parametrize(
+    ("base", "count", "last", "owner"),
+    [("flux", 60, 18, "qwen-image"), ("flux2-klein-4b", 19, 4, "flux"), ("flux2-klein-4b", 60, 4, "qwen-image")],
+)
+def test_a_file_with_more_blocks_than_the_base_is_refused_before_the_download(tmp_path, base, count, last, owner):
+    message = refusal(attention_file(tmp_path, count), BASE_MODEL=base, BACKEND="cpu")
+    assert f"it has {DOUBLE}.{count - 1}, and the last of {base} is {DOUBLE}.{last}." in message
+    assert f"Its last block is that of {owner}." in message
+
+
+@pytest.mark.parametrize(
+    ("base", "count", "owner"),
+    [
+        ("qwen-image", 19, "flux"),
+        ("flux", 5, "flux2-klein-4b"),
+        ("qwen-image", 5, "flux2-klein-4b"),
+        ("flux", 19, None),
+        ("flux", 10, None),
+        ("qwen-image", 60, None),
+        ("flux2-klein-4b", 5, None),
+    ],
+)
+def test_a_file_with_the_blocks_of_another_model_is_warned_of(tmp_path, base, count, owner):
+    found = plan(attention_file(tmp_path, count), base=base, BACKEND="cpu")
+    said = [warning for warning in found.warnings if "PARAMS_RESUME_FROM" in warning]
+    assert len(said) == bool(owner)
+    if owner:
+        assert f"Its last block is that of {owner}." in said[0] and f"set BASE_MODEL={owner}." in said[0]
+
+
+def test_a_header_that_names_the_family_needs_no_warning(tmp_path):
+    names = {"modelspec.architecture": f"{get_family('qwen_image').FACTS.architecture}/lora"}
+    found = plan(attention_file(tmp_path, 19, **names), base="qwen-image", BACKEND="cpu")
+    assert not [warning for warning in found.warnings if "PARAMS_RESUME_FROM" in warning]
+
+
+@pytest.mark.parametrize(
+    ("base", "blocks", "count", "layers", "width"),
+    [
+        ("qwen-image", DOUBLE, 60, ("attn.to_q", "img_mlp.net.2"), 3072),
+        ("z-image", "layers", 30, ("attention.to_out.0", "feed_forward.w1"), 3840),
+        ("flux2-klein-4b", DOUBLE, 5, ("attn.add_q_proj", "ff.linear_out"), 3072),
+        ("krea2", DOUBLE, 28, ("attn.to_q",), 6144),
+        ("sd3.5-large", DOUBLE, 38, ("attn.to_q", "ff.net.2"), 2432),
+        ("sdxl", "down_blocks.1.attentions.0.transformer_blocks", 2, ("attn1.to_q",), 640),
+    ],
+)
+def test_a_file_for_the_first_blocks_trains_exactly_its_layers_in_every_family(
+    tmp_path, base, blocks, count, layers, width
+):
+    """Of whatever layers: the last block of a list is that of every layer in it."""
+    for number_of_blocks in (count - 1, count):
+        names = [f"{blocks}.{n}.{layer}" for n in range(number_of_blocks) for layer in layers]
+        tensors: Matrices = {}
+        for name in names:
+            tensors |= peft(name, rank=1, width=width)
+        if base == "sdxl":
+            tensors = {key.replace("transformer.", "unet.", 1): value for key, value in tensors.items()}
+        found = plan(write(tmp_path / "x.safetensors", tensors), base=base, BACKEND="cpu")
+        if number_of_blocks < count:
+            assert set(found.lora.targets) == set(names)
+            assert f"without {blocks}.{count - 1}.{layers[0]};" in chosen(found)
+        elif base not in ("sdxl", "krea2"):  # whose other lists of blocks the file does not have
+            assert len(found.lora.targets) == len(layers)
+
+
+def test_layers_that_the_last_block_of_sd3_lacks_are_not_left_out(tmp_path):
+    tensors: Matrices = {}
+    for number in range(24):
+        last = () if number == 23 else ("attn.to_add_out", "ff_context.net.2")
+        for layer in ("attn.to_q", *last):
+            tensors |= peft(f"{DOUBLE}.{number}.{layer}", rank=1, width=1536)
+    found = plan(write(tmp_path / "x.safetensors", tensors), base="sd3", BACKEND="cpu")
+    assert set(found.lora.targets) == {"attn.to_q", "attn.to_add_out", "ff_context.net.2"}
+
+
 def test_another_rank_is_refused_with_both(attention):
     assert f"PARAMS_NETWORK_DIM=8: {attention} has rank 6" in refusal(attention, PARAMS_NETWORK_DIM="8")
     assert plan(attention, PARAMS_NETWORK_DIM="6").lora.rank == 6

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,11 +16,15 @@ import torch
 from PIL import Image, ImageChops
 from safetensors.torch import save_file
 
+from bench.layouts import write_zeros
 from bench.original_names import checkpoint, flux_files, miniature
+from tests.support import full_size_files
 from tests.support.hub import Hub
 from tests.support.published import OPEN, small_model, vocabularies
-from trainer.sample import sample_command
-from trainer.spec.family import get_family
+from trainer.base_model.named import Asked, find_base
+from trainer.sample import read_prompts, sample_command
+from trainer.spec.errors import SettingsError
+from trainer.spec.family import base_models, get_family
 
 ROOT = Path(__file__).parents[3]
 FAMILIES = ["flux", "sdxl", "sd3"]
@@ -128,6 +134,52 @@ def test_a_folder_of_tokenizers_is_the_way_out(tmp_path, monkeypatch, name):
         assert sample_command([*arguments, *common, "--out", str(tmp_path / out)]) == 0
         images.append(Image.open(tmp_path / out / "step-00000000-00.png"))
     assert ImageChops.difference(*images).getbbox() is None
+
+
+@pytest.mark.parametrize(
+    ("base", "distilled", "expected"),
+    [("flux2", True, (4, 1.0)), ("flux2", False, (50, 4.0)), ("krea2", True, (8, 1.0)), ("krea2", False, (28, 5.5))],
+)
+def test_a_distilled_folder_is_drawn_in_few_steps_without_cfg(tmp_path, base, distilled, expected):
+    place = tmp_path / "model"
+    shutil.copytree(miniature(base), place)
+    index = json.loads((place / "model_index.json").read_text())
+    (place / "model_index.json").write_text(json.dumps({**index, "is_distilled": distilled}))
+    found = find_base(asked(place))
+    [prompt] = read_prompts(None, get_family(base).FACTS, found.model, texts=["a fox"])
+    assert (prompt.steps, prompt.cfg) == expected
+
+
+def asked(base: Path, config: str | None = None) -> Asked:
+    return Asked(str(base), config, family=None, parts={}, lora_family=lambda: None, cache=base.parent / "cache")
+
+
+@pytest.mark.parametrize(
+    ("file", "model"),
+    [
+        ("z_image_turbo_bf16", "z-image-turbo"),
+        ("zImageTurbo_v10", "z-image-turbo"),
+        ("z_image_bf16", "z-image"),
+        ("krea2_turbo_fp8_scaled", "krea2-turbo"),
+        ("krea2_raw_bf16", "krea2"),
+        ("Z-Image-De-Turbo", "z-image z-image-turbo"),
+        ("mix of turbo and zimage", "z-image z-image-turbo"),
+        ("model", "z-image z-image-turbo"),
+    ],
+)
+def test_a_file_that_fits_two_models_is_the_one_of_its_name_or_asked_about(tmp_path, caplog, file, model):
+    """By full-size headers: the tensors of both models are the same."""
+    caplog.set_level(logging.INFO)
+    path = tmp_path / f"{file}.safetensors"
+    write_zeros(path, full_size_files.denoiser(model.partition(" ")[0]))
+    if " " in model:
+        with pytest.raises(SettingsError, match=f"tell which: {model.replace(' ', ', ')}. Fix: --config"):
+            find_base(asked(path))
+        for config in model.split():
+            assert find_base(asked(path, config)).model is base_models()[config][1]
+    else:
+        assert find_base(asked(path)).model is base_models()[model][1]
+        assert f"is taken for {model}, by its name" in caplog.text
 
 
 def test_a_part_of_its_own_takes_the_place_of_the_models(tmp_path):

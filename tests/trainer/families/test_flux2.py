@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from PIL import ImageChops
 from safetensors.torch import save_file
 from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 
@@ -25,6 +26,7 @@ from trainer.lora_files import contents, convert
 from trainer.lora_files.weights import LoraWeights
 from trainer.sample import apply_loras
 from trainer.spec.errors import SettingsError
+from trainer.spec.plan import Prompt
 
 SIZES = [(2, 2), (4, 16), (8, 8), (10, 6)]  # of latents
 
@@ -154,6 +156,36 @@ def test_the_schedule_of_a_sample_has_the_shift_of_its_size_and_steps():
     t = torch.linspace(1, 1 / 50, 50)
     shift = torch.tensor(mu).exp()
     torch.testing.assert_close(scheduler.sigmas[:50], shift * t / (1 + (shift - 1) * t))
+
+
+def test_a_distilled_model_is_drawn_without_cfg_as_its_own_pipeline_does(tmp_path):
+    place = tmp_path / "model"
+    shutil.copytree(folder("flux2"), place)
+    index = json.loads((place / "model_index.json").read_text())
+    images = {}
+    for distilled in (False, True):
+        (place / "model_index.json").write_text(json.dumps({**index, "is_distilled": distilled}))
+        pipe = Flux2KleinPipeline.from_pretrained(place, dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        expected = pipe(
+            prompt="a red spot",
+            width=96,
+            height=64,
+            num_inference_steps=4,
+            guidance_scale=4.0,
+            max_sequence_length=pipe.tokenizer.model_max_length,
+            generator=torch.Generator("cpu").manual_seed(3),
+        ).images[0]
+        encoders = flux2.load_encoders(place, device="cpu", dtype=torch.float32)
+        text, negative = ({k: v[None] for k, v in t.items()} for t in flux2.encode_text(encoders, ["a red spot", ""]))
+        denoiser = flux2.load_denoiser(place, device="cpu", dtype=torch.float32)
+        vae = flux2.load_vae(place, device="cpu")
+        prompt = Prompt("a red spot", 96, 64, seed=3, steps=4, guidance=1.0, cfg=4.0, negative="")
+        with torch.no_grad():
+            got = flux2.sample(denoiser, vae, place, prompt=prompt, text=text, negative=negative)
+        assert max(high for _, high in ImageChops.difference(got, expected).getextrema()) <= 1
+        images[distilled] = got
+    assert max(high for _, high in ImageChops.difference(*images.values()).getextrema()) > 1
 
 
 # ---- memory

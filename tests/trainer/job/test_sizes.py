@@ -1,8 +1,6 @@
 """The sizes of steps, and what they change in a plan."""
 
 import dataclasses
-import random
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,6 @@ from trainer.job import sizes
 from trainer.spec import memory_model
 from trainer.spec.memory_model import Workload, with_room_for_graphs
 from trainer.spec.plan import EnginePlan
-
-
-def steps_of(epoch, per_step):
-    """The batches of each step."""
-    return [[epoch[place] for place in places] for places in sizes.steps_of(epoch, per_step)]
 
 
 def batch(count, width, height):
@@ -33,41 +26,6 @@ def test_one_batch_of_each_size_those_with_the_most_pixels_first():
     assert found == [(*size, False) for size in sizes_found]
     masked = tuple(dataclasses.replace(one, image=dataclasses.replace(one.image, mask_sha256="a")) for one in epoch[0])
     assert len(sizes.one_of_each_size([*epoch, masked])) == 6  # its graph has one input more
-
-
-def random_epoch(seed, sides=((64, 64), (96, 64), (64, 96), (128, 128))):
-    dice = random.Random(seed)
-    epoch = [batch(2, *side) for side in sides for _ in range(dice.randint(1, 9))]
-    epoch += [batch(1, *side) for side in sides if dice.random() < 0.5]
-    dice.shuffle(epoch)
-    return epoch
-
-
-@pytest.mark.parametrize("per_step", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("seed", range(4))
-def test_steps_have_all_batches_of_an_epoch_once_and_one_size_each_where_that_can_be(per_step, seed):
-    epoch = random_epoch(seed)
-    steps = steps_of(epoch, per_step)
-    assert sorted(id(one) for step in steps for one in step) == sorted(map(id, epoch))
-    assert [len(step) for step in steps[:-1]] == [per_step] * (len(steps) - 1) and 1 <= len(steps[-1]) <= per_step
-    alike = Counter(sizes.size_of(step[0]) for step in steps if len({sizes.size_of(one) for one in step}) == 1)
-    for size, count in Counter(map(sizes.size_of, epoch)).items():
-        assert alike[size] >= count // per_step
-    assert steps_of(epoch, per_step) == steps
-
-
-def test_steps_of_one_batch_are_the_epoch_and_keep_its_order():
-    epoch = random_epoch(7)
-    assert steps_of(epoch, 1) == [[one] for one in epoch]
-
-
-def test_what_is_left_over_shares_a_step_with_the_next_larger():
-    small, large = batch(1, 64, 64), batch(1, 64, 128)
-    small_2, large_2, huge = batch(1, 64, 64), batch(1, 128, 64), batch(1, 128, 128)
-    tiny = batch(1, 32, 32)
-    steps = steps_of([huge, small, tiny, large, small_2, large_2], 2)
-    assert steps == [[huge, large], [small, small_2], [large_2, tiny]]
-    assert steps_of([huge, small, tiny], 2) == [[huge, small], [tiny]]
 
 
 def test_the_largest_batches_are_those_that_no_other_dominates():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -50,13 +51,15 @@ class PackWriter:
             while data:
                 data = data[os.write(self._descriptor, data) :]
         except OSError as problem:
-            if problem.errno in atomic.VOLUME_ERRORS:
-                raise atomic.storage_error(problem, self._folder) from problem
-            raise
+            raise self._named(problem) from problem
         self._rows.append((key, self._end + HEAD_BYTES, len(item)))
         self._end += HEAD_BYTES + len(item)
         if self._end >= self._pack_bytes:
             self.close()
+
+    def _named(self, problem: OSError) -> Exception:
+        """The same with the folder's name, where the volume is full, read-only or failing."""
+        return atomic.storage_error(problem, self._folder) if problem.errno in atomic.VOLUME_ERRORS else problem
 
     def _begin(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -66,15 +69,18 @@ class PackWriter:
         self._end = 0
 
     def close(self) -> None:
-        """Bring what was added to the disk, and write the index."""
+        """Bring what was added to the disk, and write the index. Raises what `add` raises."""
         if self._path is None:
             return
         path, self._path = self._path, None
         try:
-            os.fsync(self._descriptor)
-        finally:
-            os.close(self._descriptor)
-        write_index(path, np.array(self._rows, ROW), size=self._end)
+            try:
+                os.fsync(self._descriptor)
+            finally:
+                os.close(self._descriptor)
+            write_index(path, np.array(self._rows, ROW), size=self._end)
+        except OSError as problem:
+            raise self._named(problem) from problem
 
 
 def write_index(pack: Path, rows: np.ndarray, *, size: int) -> None:
@@ -106,12 +112,12 @@ def read_item(pack: Path, key: bytes, offset: int, length: int) -> bytes:
     return data[HEAD_BYTES:]
 
 
-def list_damaged(pack: Path, key: bytes) -> None:
-    """Let the next start encode this item again."""
+def list_damaged(pack: Path, keys: Iterable[bytes]) -> None:
+    """Let the next start encode these items again. Raises OSError."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(pack.with_suffix(DAMAGED_ENDING), flags, 0o666)
     try:
-        os.write(descriptor, f"{key.hex()}\n".encode())
+        os.write(descriptor, "".join(f"{key.hex()}\n" for key in keys).encode())
     finally:
         os.close(descriptor)
 

@@ -138,6 +138,7 @@ def _differing(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+INDEX_RULES: Rules = {"is_distilled": FLAG}
 PIPELINES = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline")
 KINDS = {
     "scheduler": configs.FLOW_SCHEDULER,

@@ -81,7 +81,7 @@ BASE = Published(
     marks={
         "input_blocks.0.0.weight": (320, 4, 3, 3),
         "label_emb.0.0.weight": (1280, 2816),
-        "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (640, 2048),
+        "input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight": (640, 2048),
     },
 )
 

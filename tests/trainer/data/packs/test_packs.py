@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from trainer.data.cache import Cache
 from trainer.data.packs import pack_file
 from trainer.data.packs.pack_file import PackWriter
 from trainer.data.packs.pack_folder import PackFolder
-from trainer.spec.errors import UnreachableError
+from trainer.spec.errors import StorageError, UnreachableError
 
 
 def key(number: int) -> bytes:
@@ -128,7 +130,7 @@ def test_another_item_in_the_place_is_noticed(tmp_path):
 def test_an_item_that_is_listed_as_damaged_is_missing_until_it_is_written_again(tmp_path):
     write(tmp_path, [1, 2])
     (pack,) = packs_in(tmp_path)
-    pack_file.list_damaged(pack, key(1))
+    pack_file.list_damaged(pack, [key(1)])
     with pack.with_suffix(".damaged").open("ab") as file:
         file.write(b"\xff not a key\n")
     packs = PackFolder(tmp_path)
@@ -213,10 +215,81 @@ def test_a_damaged_item_ends_the_job_by_name_and_the_next_start_encodes_it_anew(
     assert fill(again, captions_of(10)) == 1 and same(again, captions_of(10))
 
 
+def test_a_pack_of_many_damaged_items_costs_one_start(tmp_path):
+    cache = Cache(tmp_path, "v", "e")
+    fill(cache, captions_of(40))
+    pack = cache._packed(cache.text_path("0")).pack
+    data = bytearray(pack.read_bytes())
+    for number in range(5, 35):
+        data[cache._packed(cache.text_path(str(number))).offset + 12] ^= 1
+    pack.write_bytes(data)
+    with pytest.raises(UnreachableError, match="start again"):
+        cache.load(cache.text_path("20"))
+    again = Cache(tmp_path, "v", "e")
+    assert fill(again, captions_of(40)) == 30 and same(again, captions_of(40))
+
+
+def test_a_sector_that_cannot_be_read_is_damage_and_a_volume_that_is_gone_is_not(tmp_path, monkeypatch):
+    cache = Cache(tmp_path, "v", "e")
+    fill(cache, captions_of(3))
+    read_item = pack_file.read_item
+
+    def fails(number, error):
+        def read(pack, wanted, offset, length):
+            if cache._packed(cache.text_path(number)).offset == offset:
+                raise OSError(error, os.strerror(error))
+            return read_item(pack, wanted, offset, length)
+
+        monkeypatch.setattr(pack_file, "read_item", read)
+
+    fails("1", errno.ESTALE)
+    with pytest.raises(OSError, match="Stale"):
+        cache.load(cache.text_path("1"))
+    fails("1", errno.EIO)
+    with pytest.raises(UnreachableError, match="start again, and what is damaged"):
+        cache.load(cache.text_path("1"))
+    monkeypatch.undo()
+    again = Cache(tmp_path, "v", "e")
+    assert fill(again, captions_of(3)) == 1 and same(again, captions_of(3))
+
+
+def test_damage_that_cannot_be_noted_is_named_with_the_file_to_delete(tmp_path, monkeypatch):
+    cache = Cache(tmp_path, "v", "e")
+    fill(cache, captions_of(3))
+    found = cache._packed(cache.text_path("1"))
+    data = bytearray(found.pack.read_bytes())
+    data[found.offset + 12] ^= 1
+    found.pack.write_bytes(data)
+    (found.pack.with_suffix(".damaged")).mkdir()
+    with pytest.raises(UnreachableError, match=rf"{found.pack.name} .*delete it and start again"):
+        cache.load(cache.text_path("1"))
+
+
+def test_a_full_volume_at_the_end_of_a_pack_is_named_and_the_other_pack_is_closed(tmp_path, monkeypatch):
+    cache = Cache(tmp_path, "v", "e")
+    item = {"tokens": torch.ones(2)}
+    fsync, failed = os.fsync, []
+
+    def full(descriptor):
+        if "latents" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            failed.append(descriptor)
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="latents"), cache.writing(packed=True) as write:
+        write(cache._path("latents", "ab" * 32), item)
+        write(cache.text_path("1"), item)
+    assert failed and cache.has(cache.text_path("1"))
+    assert [*(tmp_path / "text").rglob("*.index")]
+
+
 def test_an_item_that_another_process_packs_is_found_when_it_is_read(tmp_path):
     mine, other = Cache(tmp_path, "v", "e"), Cache(tmp_path, "v", "e")
-    assert not mine.has(mine.text_path("1"))
+    third = Cache(tmp_path, "v", "e")
+    assert not mine.has(mine.text_path("1")) and not third.has(third.text_path("1"))
     fill(other, captions_of(3))
+    assert third.size(third.text_path("1")) > 0
     assert same(mine, captions_of(3))
     with pytest.raises(FileNotFoundError):
         mine.load(mine.text_path("9"))
