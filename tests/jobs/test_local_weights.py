@@ -207,8 +207,10 @@ def test_baked_tokenizers_need_no_network(machine, files, tmp_path, monkeypatch)
     run = subprocess.run(command, env=machine.environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     baked = tmp_path / "baked" / "tokenizers"
-    assert {path.name for path in baked.iterdir()} == {name.replace("/", "--") for name in (CLIP, T5, QWEN, QWEN_VL)}
-    for repository in (CLIP, T5, QWEN, QWEN_VL):
+    assert {path.name for path in baked.iterdir()} == {
+        name.replace("/", "--") for name in (CLIP, T5, QWEN, QWEN_VL, QWEN3_VL)
+    }
+    for repository in (CLIP, T5, QWEN, QWEN_VL, QWEN3_VL):
         place = baked / repository.replace("/", "--")
         assert {path.name: path.read_bytes() for path in place.iterdir()} == {
             name: content for name, content in vocabularies()[repository].items() if "safetensors" not in name
