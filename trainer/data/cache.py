@@ -258,11 +258,6 @@ def encode_texts(
     return encoded
 
 
-def any_missing(paths: Iterable[Path]) -> bool:
-    """Whether one of these items is missing or damaged."""
-    return not all(_is_intact(path) for path in paths)
-
-
 def load(path: Path) -> Item:
     """The tensors of one item that is a file."""
     item: Item = load_file(path)

@@ -109,6 +109,8 @@ def sample(
     """
     started = time.monotonic()
     own = wanted[workers.process_rank :: workers.size]
+    if not own:
+        return
     device = plan.engine.device
     dtype = torch_dtype(plan.engine)
     model = Path(plan.model.path)
