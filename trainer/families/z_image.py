@@ -141,7 +141,12 @@ FACTS = Facts(
 
 
 def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> ZImagePipeline:
-    """A ZImagePipeline of the tokenizer and Qwen3 alone."""
+    """A ZImagePipeline of the tokenizer and Qwen3 alone, up to the last layer but one.
+
+    The state before the last layer is what is read. Without that layer and the norm behind it, it is what Qwen3
+    returns: to ask for all hidden states would keep 37 of them in memory.
+    """
+    import torch
     from diffusers import ZImagePipeline
 
     from trainer.base_model.loading import load_tokenizer
@@ -150,6 +155,9 @@ def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> ZImagePip
     encoder = common.load_encoder(
         KINDS["text_encoder"], folder / "text_encoder", tokenizer=tokenizer, device=device, dtype=dtype
     )
+    del encoder.layers[-1]
+    encoder.config.num_hidden_layers = len(encoder.layers)
+    encoder.norm = torch.nn.Identity()
     return ZImagePipeline(scheduler=None, vae=None, transformer=None, tokenizer=tokenizer, text_encoder=encoder)
 
 
@@ -172,8 +180,8 @@ def encode_text(
         ).to(encoders.text_encoder.device)
         mask_BL = read.attention_mask.bool()
         states_BLD = encoders.text_encoder(
-            input_ids=read.input_ids, attention_mask=mask_BL, output_hidden_states=True, use_cache=False
-        ).hidden_states[-2]
+            input_ids=read.input_ids, attention_mask=mask_BL, use_cache=False
+        ).last_hidden_state
     found = []
     for states_LD, mask_L in zip(states_BLD, mask_BL, strict=True):
         text_LD = states_LD[mask_L].cpu()

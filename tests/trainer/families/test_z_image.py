@@ -1,13 +1,15 @@
 """Z-Image's conventions against diffusers: time, sign, captions of any length, shift. More: test_contract.py."""
 
+import copy
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
-from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
+from transformers import Qwen2Tokenizer, Qwen3ForCausalLM, Qwen3Model
 
 from tests.support import models
 from tests.support.miniatures import folder, pipeline
@@ -145,11 +147,57 @@ def test_texts_are_the_real_tokens_of_the_pipeline(encoders, words):
         assert not item["tokens"][~item["real"]].any()
 
 
+@pytest.fixture
+def deep(encoders, tmp_path):
+    """A folder with an encoder of six layers."""
+    shutil.copytree(folder("z_image") / "tokenizer", tmp_path / "tokenizer")
+    config = copy.deepcopy(encoders.text_encoder.config)
+    config.num_hidden_layers = 6
+    config.layer_types = ["full_attention"] * 6
+    Qwen3Model(config).save_pretrained(tmp_path / "text_encoder")
+    return tmp_path
+
+
+def test_texts_are_the_state_before_the_whole_encoders_last_layer_to_the_bit(deep):
+    words = ["a red spot", "", "a big teal and yellow striped hexagon"]
+    whole = Qwen3Model.from_pretrained(deep / "text_encoder", dtype=torch.float32).eval()
+    encoders = z_image.load_encoders(deep, device="cpu", dtype=torch.float32)
+    read = encoders.tokenizer(
+        [f"{z_image.BEFORE}{text}{z_image.AFTER}" for text in words], padding="longest", return_tensors="pt"
+    )
+    with torch.no_grad():
+        states_BLD = whole(**read, output_hidden_states=True, use_cache=False).hidden_states[-2]
+    for item, state_LD, mask_L in zip(
+        z_image.encode_text(encoders, words), states_BLD, read.attention_mask, strict=True
+    ):
+        assert torch.equal(item["tokens"][item["real"]], state_LD[mask_L.bool()])
+
+
+def test_no_hidden_state_is_kept_longer_than_the_next_layer_needs_it(deep):
+    encoders = z_image.load_encoders(deep, device="cpu", dtype=torch.float32)
+    layers = encoders.text_encoder.layers
+    made = []  # the output of each layer, as long as somebody holds it
+    kept = []  # how many are held after each layer
+
+    def note(layer, inputs, output):
+        made.append(weakref.ref(output))
+        kept.append(sum(ref() is not None for ref in made))
+
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    z_image.encode_text(encoders, ["a red spot"])
+    for hook in hooks:
+        hook.remove()
+    assert len(kept) == len(layers) == 5 and max(kept) <= 2
+
+
 def test_the_encoder_may_be_saved_as_the_published_one_is(encoders, tmp_path):
     """As the language model with its output layer, which repeats the embeddings; in shards; with an older config."""
     shutil.copytree(folder("z_image") / "tokenizer", tmp_path / "tokenizer")
-    whole = Qwen3ForCausalLM(encoders.text_encoder.config)
-    whole.model.load_state_dict(encoders.text_encoder.state_dict())
+    config = copy.deepcopy(encoders.text_encoder.config)
+    config.num_hidden_layers += 1  # the last one is not read
+    config.layer_types = ["full_attention"] * config.num_hidden_layers
+    whole = Qwen3ForCausalLM(config)
+    whole.model.load_state_dict(encoders.text_encoder.state_dict(), strict=False)
     whole.save_pretrained(tmp_path / "text_encoder", max_shard_size="200KB")
     path = tmp_path / "text_encoder" / "config.json"
     config = json.loads(path.read_text())
