@@ -34,7 +34,7 @@ class Reader:
 
     name: str  # as in `Facts.text_readers`: T5, for example
     tokenizer: Any  # of transformers, or a LightTokenizer
-    limit: int  # tokens, with those of begin and end
+    limit: int  # tokens, with those of begin and end that the tokenizer itself adds
 
     def count(self, text: str) -> int:
         """How many tokens `text` has, with those of begin and end."""
@@ -51,7 +51,9 @@ class Reader:
         count = len(encoded.input_ids)
         if count <= self.limit:
             return None
-        end = encoded.offset_mapping[self.limit - 1][0]  # where the first token begins for which there is no place
+        first, last = encoded.offset_mapping[-1]
+        end_marks = int(first == last)  # CLIP's and T5's mark of the end keeps its place; Qwen's tokenizers add none
+        end = encoded.offset_mapping[self.limit - end_marks][0]  # where the first token begins that finds no place
         return Cut(count, text[:end], text[end:])
 
 

@@ -83,7 +83,7 @@ KLEIN_9B = _footprint(width=4096, double=8, single=24, other_weights=0.354e9, en
 TEXT_STATES = (9, 18, 27)  # of Qwen3: hidden states that many layers in
 # What Qwen3's chat template makes of one message with enable_thinking=False: the thought is there, and empty.
 BEFORE, AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-TEMPLATE_TOKENS = 12  # 3 before: <|im_start|>, user, a new line; 9 after, of which a pair of new lines is one
+TOKENS_BEFORE = 3  # <|im_start|>, user, a new line. The 9 behind the caption are the first that a long one pushes out
 
 FACTS = Facts(
     name="flux2",
@@ -143,7 +143,7 @@ FACTS = Facts(
     },
     parts={"denoiser": "transformer", "vae": "vae", "qwen3": "text_encoder"},
     landmarks=("double_stream_modulation_img.lin.weight", "double_stream_modulation_img.linear.weight"),
-    text_readers={"tokenizer": ("Qwen3", TEXT_TOKENS - TEMPLATE_TOKENS)},
+    text_readers={"tokenizer": ("Qwen3", TEXT_TOKENS - TOKENS_BEFORE)},
     lookalikes=published.LOOKALIKES,
     name_cautions=published.NAME_CAUTIONS,
     pipelines=published.PIPELINES,

@@ -176,8 +176,8 @@ class Facts:
     fused_targets: dict[str, tuple[str, ...]]  # fused projection → the separate ones of diffusers' model
     parts: dict[str, str]  # key of PREFIXES → the folder of its weights in diffusers' layout
     landmarks: tuple[str, ...]  # tensors that identify a file with the denoiser alone: original name, diffusers' name
-    # Folders of tokenizers → the name of their text encoder and the tokens that it reads of a caption; the first that a
-    # model has reads the most.
+    # Folders of tokenizers → the name of their text encoder and the tokens that it reads of a caption, which are
+    # those behind the template's begin; the first that a model has reads the most.
     text_readers: dict[str, tuple[str, int]]
     lookalikes: tuple[Lookalike, ...]  # other models whose files have the names of this family
     pipelines: tuple[str, ...]  # names of the whole model's class in model_index.json

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -44,6 +45,24 @@ def test_the_cut_is_where_the_tokens_end(family, words):
         assert cut.tokens == len(ids) and cut.kept + cut.lost == text and cut.lost.strip()
         kept = found.tokenizer(cut.kept, verbose=False).input_ids
         assert found.limit - 4 <= len(kept) <= found.limit  # a character may be several tokens
+
+
+@pytest.mark.parametrize("family", ["flux2", "krea2", "qwen_image", "z_image"])
+def test_the_first_lost_token_has_no_effect_and_the_last_kept_one_has(family):
+    """Of models that read by Qwen, whose tokenizer adds no mark and whose template stands around the caption."""
+    kind = get_family(family)
+    encoders = kind.load_encoders(folder(family), device="cpu", dtype=torch.float32)
+    found = reader(family)
+    if family in ("flux2", "z_image"):  # the miniatures' vocabularies have no `user`: more tokens before the caption
+        assert kind.FACTS.text_readers["tokenizer"][1] == kind.TEXT_TOKENS - kind.TOKENS_BEFORE
+        length = min(kind.TEXT_TOKENS, found.tokenizer.model_max_length)
+        found = dataclasses.replace(found, limit=length - len(found.tokenizer(kind.BEFORE).input_ids))
+    cut = found.cut("a " * 600)
+    assert cut.kept.rstrip().endswith("a") and cut.lost.strip().startswith("a")
+    changed = [cut.kept + cut.lost.replace("a", "b"), cut.kept.rstrip()[:-1] + "b" + cut.lost]
+    with torch.no_grad():
+        whole, of_lost, of_kept = (item["tokens"] for item in kind.encode_text(encoders, ["a " * 600, *changed]))
+    assert torch.equal(whole, of_lost) and not torch.equal(whole, of_kept)
 
 
 def test_captions_of_just_the_limit_are_whole():
