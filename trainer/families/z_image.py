@@ -68,7 +68,6 @@ TEXT_MULTIPLE = 32  # a caption's tokens, and an image's, are filled up to a mul
 # What Qwen3's chat template makes of one message with enable_thinking=True. A text between a model's own marks.
 BEFORE, AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 TOKENS_BEFORE = 3  # <|im_start|>, user, a new line: what a long text takes no place from
-TEMPLATE_TOKENS = TOKENS_BEFORE + 5  # <|im_end|>, a new line, <|im_start|>, assistant, a new line
 
 FACTS = Facts(
     name="z_image",
