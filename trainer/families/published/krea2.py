@@ -98,7 +98,7 @@ NAME_CAUTIONS = {
     "turbo": common.DISTILLED,
     "distill": common.DISTILLED,
     "lightning": common.DISTILLED,
-    "edit": "a model that edits images, for which LoRAs train with pairs of images",
+    common.EDIT: common.EDITS,
 }
 
 # ---- what the configs of a model of this family may say
