@@ -303,7 +303,8 @@ def krea2(tokenizers: Tokenizers) -> Recipe:
         t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
         noise = torch.randn_like(latents_BCHW)
         real_BL = ids[0] != words.pad_token_id
-        read = qwen.language_model(input_ids=ids[0], attention_mask=real_BL, output_hidden_states=True)
+        attended = earlier_words(real_BL)
+        read = qwen.language_model(input_ids=ids[0], attention_mask=attended, output_hidden_states=True)
         states = torch.stack([read.hidden_states[number] for number in krea2_family.TAPS], dim=2)
         dropped = qwen_image_family.DROPPED_TOKENS
         predicted = krea2_family.predict(
