@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from PIL import Image
 
+    from trainer.spec.family import ClipOutput
     from trainer.spec.plan import Prompt
     from trainer.spec.rules.config_rules import ConfigKind
 
@@ -79,6 +80,14 @@ def without_warnings() -> Iterator[None]:
 def split_captions(tokens_BLD: torch.Tensor, pooled_BD: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     """`tokens` (L, D) and `pooled` (D,) of each caption, on the CPU."""
     return [{"tokens": t.cpu(), "pooled": p.cpu()} for t, p in zip(tokens_BLD, pooled_BD, strict=True)]
+
+
+def without_clip_outputs(
+    text: dict[str, torch.Tensor],
+    outputs: dict[str, ClipOutput],  # noqa: ARG001
+) -> dict[str, torch.Tensor]:
+    """`Family.with_clip_outputs` of a family that has no CLIP: the text as it is."""
+    return text
 
 
 def encode_images(vae: AutoencoderKL, pixels_BCHW: torch.Tensor) -> torch.Tensor:

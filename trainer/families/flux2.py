@@ -21,7 +21,6 @@ from trainer.families.published import licences
 from trainer.spec.family import (
     CLIP_TOKENS,
     BaseModel,
-    ClipOutput,
     Facts,
     Footprint,
     LoraKeys,
@@ -198,12 +197,7 @@ def encode_text(
     return [{"tokens": tokens_LD.cpu()} for tokens_LD in tokens_BLD]
 
 
-def with_clip_outputs(
-    text: dict[str, torch.Tensor],
-    outputs: dict[str, ClipOutput],  # noqa: ARG001 (there is no CLIP)
-) -> dict[str, torch.Tensor]:
-    return text
-
+with_clip_outputs = common.without_clip_outputs
 
 # ---- images
 

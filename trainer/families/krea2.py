@@ -28,7 +28,6 @@ from trainer.families.qwen_image import AFTER, BEFORE, DROPPED_TOKENS  # the sam
 from trainer.spec.family import (
     CLIP_TOKENS,
     BaseModel,
-    ClipOutput,
     Facts,
     Footprint,
     LoraKeys,
@@ -194,12 +193,7 @@ def encode_text(
     return found
 
 
-def with_clip_outputs(
-    text: dict[str, torch.Tensor],
-    outputs: dict[str, ClipOutput],  # noqa: ARG001 (there is no CLIP)
-) -> dict[str, torch.Tensor]:
-    return text
-
+with_clip_outputs = common.without_clip_outputs
 
 # ---- models
 

@@ -22,7 +22,6 @@ from trainer.families.published import z_image as published
 from trainer.spec.family import (
     CLIP_TOKENS,
     BaseModel,
-    ClipOutput,
     Facts,
     Footprint,
     LoraKeys,
@@ -197,12 +196,7 @@ def _filled(length: int) -> int:
     return -(-length // TEXT_MULTIPLE) * TEXT_MULTIPLE
 
 
-def with_clip_outputs(
-    text: dict[str, torch.Tensor],
-    outputs: dict[str, ClipOutput],  # noqa: ARG001 (there is no CLIP)
-) -> dict[str, torch.Tensor]:
-    return text
-
+with_clip_outputs = common.without_clip_outputs
 
 # ---- models
 
