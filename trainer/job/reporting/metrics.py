@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import FileWriter, SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from trainer.data.decode import read_sample
+from trainer.data.decode import LARGEST_SAMPLE, read_sample
 from trainer.job.reporting.status import Status, clock
 from trainer.spec.log_lines import escaped
 from trainer.spec.messages import noise_bands
@@ -36,6 +36,7 @@ ROW_KEYS = frozenset(
     )
 )
 LARGEST_METRICS = 1 << 30  # bytes: some ten million steps
+RGB = 3  # TensorBoard's number for an image's colours
 REPORT_INTERVAL_S = 5.0  # between two writes of status.json
 LINE_INTERVALS_S = ((600.0, 60.0), (60.0, 30.0), (0.0, 5.0))  # seconds of training so far, and between two log lines
 
@@ -86,7 +87,8 @@ class Metrics:
         self._board.add_text("plan", escaped(text), self.first)
 
     def samples(self, step: int, files: Sequence[Path]) -> None:
-        """Show the samples of `step` on TensorBoard, which compares them over the steps."""
+        """Show the samples of `step` on TensorBoard, which compares them over the steps. Any thread may call this."""
+        writer: FileWriter = self._board._get_file_writer()
         for path in files:
             known = own_files.read_sample_name(path.name)
             image = read_sample(path)
@@ -94,8 +96,10 @@ class Metrics:
                 continue
             _, number, strength = known
             tag = f"sample/{number:02d}" if strength == 1 else f"sample/{number:02d} at {strength:g}"
-            pixels = np.asarray(image.convert("RGB"))
-            self._board.add_image(tag, pixels, step, dataformats="HWC")
+            # The file as it is: `add_image` would compress it once more, which takes longer than a training step.
+            png = read_regular(path, limit=LARGEST_SAMPLE)
+            shown = Summary.Image(height=image.height, width=image.width, colorspace=RGB, encoded_image_string=png)
+            writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=shown)]), step)
         self._board.flush()
 
     def step(
