@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -290,9 +290,9 @@ def _check_source(
     elif source.kind == "hub":
         count = _check_hub_dataset(source, space, answers, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
     elif source.kind == "bucket":
-        count = _check_bucket(source, space, keys, retries=retries)
+        count = _check_bucket(source, space, answers, keys, retries=retries)
     elif fetch.is_url(source):
-        count = _check_url(source, space, replace(keys, hub=token), retries=retries) // TYPICAL_IMAGE_BYTES
+        count = _check_url(source, space, answers, replace(keys, hub=token), retries=retries) // TYPICAL_IMAGE_BYTES
     else:
         path = fetch.local_archive(source)
         if not archive.has_file(path, formats.READABLE_SUFFIXES):
@@ -346,10 +346,11 @@ def _check_hub_dataset(
     return size
 
 
-def _check_bucket(source: Source, space: NeededSpace, keys: Keys, *, retries: RetryPolicy) -> int:
+def _check_bucket(source: Source, space: NeededSpace, answers: Answers, keys: Keys, *, retries: RetryPolicy) -> int:
     """The number of images in a bucket that will be downloaded; 0 if an earlier run has all that is there now."""
     named = fetch.named(source)
-    _, found = folders.missing(named, source.location, keys, cache=space.places["CACHE_PATH"], retries=retries)
+    cache = space.places["CACHE_PATH"]
+    found = answers.of(_missing, source, keys, retries, cache, by=(source, _as_key(keys), retries, cache))
     if not found:
         return 0
     names = [name for name, _, _ in found]
@@ -362,14 +363,26 @@ def _check_bucket(source: Source, space: NeededSpace, keys: Keys, *, retries: Re
     return len(images)
 
 
-def _check_url(source: Source, space: NeededSpace, keys: Keys, *, retries: RetryPolicy) -> int:
+def _check_url(source: Source, space: NeededSpace, answers: Answers, keys: Keys, *, retries: RetryPolicy) -> int:
     """The bytes of an archive that will be downloaded; 0 if an earlier run has unpacked it."""
     if fetch.known_download(source, space.places["CACHE_PATH"]) is not None:
         return 0
-    size = fetch.remote_archive(source, keys, retries=retries).size or 0
+    size = answers.of(_archive_size, source, keys, retries, by=(source, _as_key(keys), retries)) or 0
     # The download stays until it is unpacked, so that both are there at once.
     space.add("CACHE_PATH", "the download and its images", size * (1 + UNPACKED_BYTES_PER_ARCHIVE_BYTE))
     return size
+
+
+def _missing(source: Source, keys: Keys, retries: RetryPolicy, cache: Path) -> list[folders.Listed]:
+    return folders.missing(fetch.named(source), source.location, keys, cache=cache, retries=retries)[1]
+
+
+def _archive_size(source: Source, keys: Keys, retries: RetryPolicy) -> int | None:
+    return fetch.remote_archive(source, keys, retries=retries).size
+
+
+def _as_key(keys: Keys) -> Hashable:
+    return (keys.hub, keys.civitai, tuple(sorted(keys.hosts.items())), tuple(sorted(keys.clouds.items())))
 
 
 # ---- places

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from types import TracebackType
 from typing import Any, TypeVar
 
 from entrypoint.system.machine import Machine
@@ -22,7 +23,7 @@ class Answers:
     def __init__(self, machine: Machine, *, several: bool = False) -> None:
         self.machine = machine
         self.several = several
-        self._known: OrderedDict[Hashable, tuple[Any, Exception | None]] = OrderedDict()
+        self._known: OrderedDict[Hashable, tuple[Any, Exception | None, TracebackType | None]] = OrderedDict()
 
     def of(self, question: Callable[..., Answer], *arguments: Hashable, by: Hashable = None) -> Answer:
         """`question(*arguments)`, or its answer from before. Raises what it raised, too.
@@ -36,14 +37,16 @@ class Answers:
             self._known[key] = _answered(question, arguments)
             if len(self._known) > MOST:
                 self._known.popitem(last=False)
-        answer, problem = self._known[key]
+        answer, problem, where = self._known[key]
         if problem is not None:
-            raise problem.with_traceback(None)
+            raise problem.with_traceback(where)  # without the places where it was raised again since
         return answer
 
 
-def _answered(question: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, Exception | None]:
+def _answered(
+    question: Callable[..., Any], arguments: tuple[Any, ...]
+) -> tuple[Any, Exception | None, TracebackType | None]:
     try:
-        return question(*arguments), None
+        return question(*arguments), None, None
     except (KilnError, OSError) as problem:
-        return None, problem
+        return None, problem, problem.__traceback__

@@ -106,6 +106,7 @@ def _said(caplog, environ):
         ({"SWEEP": "PARAMS_RESOLUTION=64,32,64x32"}, 0),
         ({"JOBS": '{"TRIGGER_WORD": "zot"}\n{"PARAMS_SEED": 3}\n{"DATASET_NAME": "nobody/nothing"}'}, 75),
         ({"SWEEP": "PARAMS_SEED=1,2", "DATASET_NAME": "{tmp}/empty"}, 65),
+        ({"SWEEP": "PARAMS_SEED=1,2", "DATASET_NAME": "http://127.0.0.1:1/images.zip"}, 75),
         ({"SWEEP": "PARAMS_SEED=1,2", "MODEL_PATH": "{tmp}/empty"}, 78),
         ({"SWEEP": "PARAMS_SEED=1,2", "OUTPUT_PATH": "{tmp}/data"}, 0),  # the jobs' folders are among the images
     ],
