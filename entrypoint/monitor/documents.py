@@ -21,7 +21,10 @@ from trainer.storage.read import has_link, is_regular
 BETWEEN_STEPS = ("training", "sampling")  # phases in which the trainer looks at what is asked for
 ENDED = ("done", "stopped", "failed")
 # Keys of status.json that the page gets, and their types.
-NUMBERS = ("step", "epoch", "loss", "skipped", "images_per_second", "eta_s", "started", "updated", "saved_step")
+NUMBERS = (
+    *("step", "epoch", "loss", "skipped", "images_per_second", "eta_s", "started", "updated", "saved_step"),
+    *("captioned", "to_caption", "captions_left_s"),
+)
 SAID: dict[str, type | UnionType] = {
     **dict.fromkeys(NUMBERS, int | float),
     "output": str,

@@ -22,7 +22,8 @@ from entrypoint.fetch.doors import folders
 from entrypoint.fetch.doors.keys import NO_KEYS, Keys
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.fetch.hub_dataset import hub_choice
-from entrypoint.planning import captioner, single_files
+from entrypoint.planning import single_files
+from entrypoint.planning.captions import captioner
 from entrypoint.settings.checks import nearest_existing, raise_together
 from trainer.base_model import model_folder, weight_kinds, without_weights
 from trainer.data.folder_listing import list_folder

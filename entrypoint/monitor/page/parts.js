@@ -46,6 +46,10 @@ function facts(status, series) {
       found.push([name, value]);
     }
   };
+  if (status.phase === "captioning" && status.to_caption) {
+    add("Captions", `${count(status.captioned)} of ${count(status.to_caption)}`);
+    add("Captions left", duration(status.captions_left_s));
+  }
   if (status.eta_s && !status.ended) {
     add("Training left", duration(status.eta_s));
     add("Ends about", new Date(Date.now() + status.eta_s * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" }));
