@@ -81,7 +81,10 @@ def status_document(served: Served, shown: ShownRun, plan: Plan | None, *, last_
         ends = found.get("updated", 0.0)
     if began and ends:
         found["seconds"] = max(0.0, ends - began)
-    found |= _cost(found, served.price)
+    price = served.price
+    if price is None and plan is not None:
+        price = plan.quote.price_per_hour
+    found |= _cost(found, price)
     found["queued"] = served.is_queued
     found["actions"] = [name for name in served.actions if not why_not(name, shown.phase, plan)]
     return found

@@ -58,6 +58,17 @@ def test_a_viewer_is_told_everything_that_the_folder_says(page):
     assert ["Rank, alpha", "32, 4"] in told["plan"]["settings"] and len(told["plan"]["reasons"]) == 1
 
 
+def test_the_cost_is_by_the_price_of_the_job_where_no_other_is_given(tmp_path):
+    finished_run(tmp_path)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    plan["quote"]["price_per_hour"] = 7.2
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    for given, cost in ((None, 0.18), (3.6, 0.09)):
+        live = Live(Served(tmp_path, price=given))
+        live.look()
+        assert json.loads(live.documents["status"][1])["cost"] == pytest.approx(cost)
+
+
 def test_numbers_are_put_into_words_once_for_all_who_have_as_many(tmp_path, monkeypatch):
     """Twenty viewers of a fast job: what each of them costs is the bytes that it is sent."""
     finished_run(tmp_path)
