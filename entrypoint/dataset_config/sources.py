@@ -59,6 +59,8 @@ def classify(location: str, *, hub: bool = True) -> Place:
         raise ValueError("an empty name. Allowed: a Hub dataset (owner/name), a folder, an archive or its URL")
     if is_folder(location):
         return Place("folder", absolute(location))
+    if location.lower().startswith("hf://buckets/"):
+        return _in_hub_bucket(location)
     if page := _hub_page(location):
         return page
     if location.lower().startswith("file:"):
@@ -222,8 +224,8 @@ def _archive_url(location: str) -> Place:
     host = (url.hostname or "").lower()
     if url.scheme.lower() not in ("http", "https", *BUCKETS) or not url.hostname:
         raise ValueError(
-            f"{shown} cannot be downloaded. Allowed: http and https URLs, s3://, gs:// and az://. Fix: download it, "
-            "and name the folder or the archive"
+            f"{shown} cannot be downloaded. Allowed: http and https URLs, s3://, gs://, az:// and hf://buckets/. Fix: "
+            "download it, and name the folder or the archive"
         )
     if url.scheme.lower() in BUCKETS and url.hostname:
         return _in_bucket(location)
@@ -240,6 +242,13 @@ def _archive_url(location: str) -> Place:
         raw = location.replace("/blob/", "/raw/", 1)
         return Place("archive", raw, note=f"the GitHub page is read as its file, {public(raw)}")
     return Place("archive", location)
+
+
+def _in_hub_bucket(location: str) -> Place:
+    """All files below a name in a bucket of the Hub, or an archive in one."""
+    if not re.fullmatch(r"(?i)hf://buckets/[\w.-]+/[\w.-]+(/[^?#@]*)?", location) or ".." in location.split("/"):
+        raise ValueError(f"{show(public(location))} is not written as hf://buckets/OWNER/BUCKET/PATH. Fix: correct it")
+    return _in_bucket(location)
 
 
 def _in_bucket(location: str) -> Place:

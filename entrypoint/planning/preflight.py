@@ -277,7 +277,7 @@ def _check_source(
     elif source.kind == "hub":
         count = _check_hub_dataset(source, space, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
     elif source.kind == "bucket":
-        count = _check_bucket(source, space, keys, retries=retries)
+        count = _check_bucket(source, space, replace(keys, hub=token), retries=retries)
     elif fetch.is_url(source):
         count = _check_url(source, space, replace(keys, hub=token), retries=retries) // TYPICAL_IMAGE_BYTES
     else:

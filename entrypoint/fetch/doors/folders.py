@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import threading
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entrypoint.fetch import http
-from entrypoint.fetch.doors import buckets
+from entrypoint.fetch.doors import buckets, hub_buckets
 from entrypoint.fetch.doors.keys import Keys
 from entrypoint.fetch.doors.offer import refusal
 from entrypoint.fetch.http import RetryPolicy
+from trainer.network import addresses
 from trainer.spec.errors import DataError, GatedError, UnreachableError
 from trainer.storage.folders import build_folder, completed, locked, read_json, storage_error, write_text
 
@@ -42,6 +44,8 @@ def listing(named: str, location: str, keys: Keys, *, retries: RetryPolicy) -> l
 
 
 def _listed(named: str, location: str, keys: Keys) -> list[Listed]:
+    if hub_buckets.is_one(location):
+        return list(hub_buckets.listed(named, hub_buckets.parse(named, location), keys.hub))
     return list(buckets.listed(named, buckets.parse(named, location), keys.clouds))
 
 
@@ -92,6 +96,8 @@ def bring(named: str, location: str, keys: Keys, *, cache: Path, retries: RetryP
 
 
 def _identity(location: str, clouds: Mapping[str, str]) -> str:
+    if hub_buckets.is_one(location):
+        return f"{location} {addresses.hub_endpoint(os.environ)}"
     return f"{location} {buckets.endpoint(buckets.parse(location, location).service, clouds)}".rstrip()
 
 
@@ -108,19 +114,19 @@ def _fill(
     """
     from trainer.network.client import open_client
 
-    place = buckets.parse(named, location)
+    requests = _Requests(named, location, keys)
     cancelled = retries.cancelled or threading.Event()
     progress = http.Progress(named, sum(size for _, size, _ in found))
 
     def refuse(response: httpx.Response) -> None:
-        raise refusal(named, response, key=buckets.KEY_OF[place.service])
+        raise refusal(named, response, key=requests.key)
 
     def one(name: str, size: int, version: str) -> None:
-        url = buckets.signed(named, place.below(name), "GET", keys.clouds)
+        url, headers = requests.of(name)
         staged = _staged(staging, name, version)
         part = staged.with_suffix(".part")
-        stated = None if DATE.match(version) else version
-        job = http.Download(url, staged, part, f"{named}: {name}", size=size, version=stated)
+        stated = version if requests.states_versions and not DATE.match(version) else None
+        job = http.Download(url, staged, part, f"{named}: {name}", headers, size=size, version=stated)
         http.download(client, job, retries=retries, refuse=refuse, progress=progress, cancelled=cancelled)
 
     with open_client(timeout=retries.timeout) as client:
@@ -140,6 +146,25 @@ def _fill(
     except OSError as problem:
         raise storage_error(problem, target) from problem
     return {"files": len(found)}
+
+
+class _Requests:
+    """How the files below a name are asked for. `states_versions`: with the versions that the list has."""
+
+    def __init__(self, named: str, location: str, keys: Keys) -> None:
+        self._named, self._keys = named, keys
+        self._hub = hub_buckets.parse(named, location) if hub_buckets.is_one(location) else None
+        self._place = buckets.parse(named, location) if self._hub is None else None
+        self.key = hub_buckets.KEY if self._place is None else buckets.KEY_OF[self._place.service]
+        self.states_versions = self._hub is None
+
+    def of(self, name: str) -> tuple[str, dict[str, str]]:
+        """The address and the headers for a file."""
+        if self._hub is not None:
+            headers = {"Authorization": f"Bearer {self._keys.hub}"} if self._keys.hub else {}
+            return self._hub.below(name).address, headers
+        assert self._place is not None
+        return buckets.signed(self._named, self._place.below(name), "GET", self._keys.clouds), {}
 
 
 def _staged(staging: Path, name: str, version: str) -> Path:
