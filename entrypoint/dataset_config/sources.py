@@ -24,6 +24,8 @@ AT_REVISION = re.compile(rf"({HUB_ID.pattern})@([\w./-]+)", re.ASCII)
 WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 BUCKETS = ("s3", "gs", "gcs", "az", "azure")  # schemes of addresses in buckets
+DRIVE_HOSTS = ("drive.google.com", "docs.google.com")
+_SHARED_FOLDER = re.compile(r"/drive(?:/u/\d+)?/folders/([\w-]{10,100})/?")
 SHARING_HOSTS = {  # services whose links open a page in a browser and give programs no file
     "photos.app.goo.gl": "Google Photos",
     "photos.google.com": "Google Photos",
@@ -231,6 +233,8 @@ def _archive_url(location: str) -> Place:
         return _in_bucket(location)
     if url.username or url.password:
         raise ValueError("a URL with a password in it would end up in plan.json. Fix: download the archive yourself")
+    if host in DRIVE_HOSTS and (shared := _SHARED_FOLDER.fullmatch(url.path)):
+        return Place("bucket", f"https://drive.google.com/drive/folders/{shared[1]}")  # without who shared it, and how
     if host in SHARING_HOSTS:
         raise ValueError(
             f"{shown} is a page of {SHARING_HOSTS[host]}, from which programs cannot download. Fix: download the "

@@ -341,8 +341,10 @@ def _check_bucket(source: Source, space: NeededSpace, keys: Keys, *, retries: Re
     images = [name for name in names if name.lower().endswith(tuple(formats.READABLE_SUFFIXES))]
     if not images:
         raise DataError(f"{named}: {formats.why_none(names)}")
-    size = sum(size for _, size, _ in found)
-    logger.info("To fetch: %s, %d files, %s.", named, len(found), human_size(size))
+    are_known = all(size >= 0 for _, size, _ in found)
+    size = sum(size if size >= 0 else TYPICAL_IMAGE_BYTES for _, size, _ in found)
+    shown = human_size(size) if are_known else "of sizes that are known once they come"
+    logger.info("To fetch: %s, %d files, %s.", named, len(found), shown)
     space.add("CACHE_PATH", "the files of the bucket", size)
     return len(images)
 

@@ -118,6 +118,12 @@ def test_buckets_and_shared_links(written: str, kind: str) -> None:
     assert (place.kind, place.location) == (kind, written)
 
 
+def test_a_folder_of_google_drive_is_named_by_its_number_alone() -> None:
+    for path in ("drive/folders/1AbC-dEfGhIjKl?usp=sharing", "drive/u/0/folders/1AbC-dEfGhIjKl/"):
+        place = classify(f"https://drive.google.com/{path}")
+        assert (place.kind, place.location) == ("bucket", "https://drive.google.com/drive/folders/1AbC-dEfGhIjKl")
+
+
 def test_keys_in_addresses_are_not_repeated() -> None:
     for url in (
         "https://1drv.ms/x?key=canary",
