@@ -179,6 +179,17 @@ def test_the_overview_says_where_the_result_is(page, opened):
     assert opened.value("document.querySelector('#what a').hash") == "#checkpoints"
 
 
+def test_captions_by_a_model_have_their_progress(page, opened):
+    status = json.loads((page.folder / "status.json").read_text())
+    progress = {"captioned": 16, "to_caption": 1200, "captions_left_s": 3000}
+    (page.folder / "status.json").write_text(json.dumps({**status, "phase": "captioning", **progress}))
+    opened.wait_for("document.getElementById('facts').textContent.includes('Captions')")
+    said = texts(opened, "#facts div")
+    assert "Captions16 of 1,200" in said and "Captions left50 min 0 s" in said
+    (page.folder / "status.json").write_text(json.dumps({**status, "phase": "training", **progress}))
+    opened.wait_for("!document.getElementById('facts').textContent.includes('Captions')")
+
+
 def test_files_can_be_downloaded(page, opened):
     link = "document.querySelector('#loras tbody tr:last-child a')"
     assert opened.value(f"{link}.hasAttribute('download')")
