@@ -19,7 +19,7 @@ from entrypoint.dataset_config.manifest import Manifest
 from entrypoint.dataset_config.sources import HUB_ID
 from entrypoint.fetch import training_adapter
 from entrypoint.planning import sanity, single_files, starting_point, text_encoders
-from entrypoint.planning.captioner import captioner_plan
+from entrypoint.planning.captions.captioner import captioner_plan
 from entrypoint.planning.engine_choice import engine_plan
 from entrypoint.planning.step_time import quote_plan, refuse_too_short
 from entrypoint.planning.targets import check_targets

@@ -22,7 +22,8 @@ from entrypoint.fetch.doors import folders
 from entrypoint.fetch.doors.keys import NO_KEYS, Keys
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.fetch.hub_dataset import hub_choice
-from entrypoint.planning import captioner, single_files
+from entrypoint.planning import single_files
+from entrypoint.planning.captions import captioner
 from entrypoint.settings.checks import nearest_existing, raise_together
 from entrypoint.system.answers import Answers
 from entrypoint.system.machine import Machine
@@ -290,7 +291,7 @@ def _check_source(
     elif source.kind == "hub":
         count = _check_hub_dataset(source, space, answers, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
     elif source.kind == "bucket":
-        count = _check_bucket(source, space, answers, keys, retries=retries)
+        count = _check_bucket(source, space, answers, replace(keys, hub=token), retries=retries)
     elif fetch.is_url(source):
         count = _check_url(source, space, answers, replace(keys, hub=token), retries=retries) // TYPICAL_IMAGE_BYTES
     else:
@@ -357,8 +358,10 @@ def _check_bucket(source: Source, space: NeededSpace, answers: Answers, keys: Ke
     images = [name for name in names if name.lower().endswith(tuple(formats.READABLE_SUFFIXES))]
     if not images:
         raise DataError(f"{named}: {formats.why_none(names)}")
-    size = sum(size for _, size, _ in found)
-    logger.info("To fetch: %s, %d files, %s.", named, len(found), human_size(size))
+    are_known = all(size >= 0 for _, size, _ in found)
+    size = sum(size if size >= 0 else TYPICAL_IMAGE_BYTES for _, size, _ in found)
+    shown = human_size(size) if are_known else "of sizes that are known once they come"
+    logger.info("To fetch: %s, %d files, %s.", named, len(found), shown)
     space.add("CACHE_PATH", "the files of the bucket", size)
     return len(images)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from entrypoint.fetch import archive, fetch, http
 from entrypoint.fetch.doors import folders
-from entrypoint.planning import captioner
+from entrypoint.planning.captions import captioner
 from entrypoint.system import environment
 from entrypoint.system.answers import Answers
 from entrypoint.system.machine import Machine
@@ -70,7 +70,7 @@ def log_summary(
     for line in scanned.report().splitlines():
         level = logging.WARNING if WARNING in line or line.startswith("  skipped ") else logging.INFO
         say(line.replace(WARNING, ""), level)
-    for line in captions.lines:
+    for line in captions.lines(plan.quote):
         say(line)
     # Captions that are still to be made are content: which run this is, the trainer knows once it has them.
     compare = None if captions.missing else content_changes(fingerprint(scanned.images), None)
@@ -85,7 +85,7 @@ def log_summary(
     for line in _describe(lengths, sampler):
         say(line)
     first = choice.run.step if choice.run is not None else 0
-    quoted = _quoted(lengths, sampler, first=first, images=len(scanned.images))
+    quoted = _quoted(lengths, sampler, first=first, images=len(scanned.images), to_caption=captions.missing)
     for line in quoted.lines:
         say(line)
     if quoted.warning:
@@ -144,15 +144,27 @@ def make_sampler(plan: Plan, scanned: Scan) -> EpochSampler:
 
 
 def predicted_quote(
-    plan: Plan, sampler: EpochSampler, *, first: int, images: int
+    plan: Plan, sampler: EpochSampler, *, images: int, to_caption: int
 ) -> tuple[Plan, int, quote.Quote | None]:
-    """The plan with its lengths, its steps, and the quote for those after `first`. `images`: to encode."""
+    """The plan with its lengths, its steps, and the quote for all of them.
+
+    `images`: to encode. `to_caption`: by a model.
+    """
     lengths = _lengths(plan, sampler)
-    return lengths.plan, lengths.total, _predict(lengths, sampler, first=first, images=images)
+    return lengths.plan, lengths.total, _predict(lengths, sampler, first=0, images=images, to_caption=to_caption)
 
 
-def _predict(lengths: _Lengths, sampler: EpochSampler, *, first: int, images: int) -> quote.Quote | None:
-    return quote.predict(lengths.plan, first=first, total=lengths.total, images=images, examples=sampler.buckets)
+def _predict(
+    lengths: _Lengths, sampler: EpochSampler, *, first: int, images: int, to_caption: int
+) -> quote.Quote | None:
+    return quote.predict(
+        lengths.plan,
+        first=first,
+        total=lengths.total,
+        images=images,
+        examples=sampler.buckets,
+        to_caption=to_caption,
+    )
 
 
 class _Lengths(NamedTuple):
@@ -203,19 +215,20 @@ class _Quoted(NamedTuple):
     figures: dict[str, Any] | None
 
 
-def _quoted(lengths: _Lengths, sampler: EpochSampler, *, first: int, images: int) -> _Quoted:
-    """How long the steps after `first` take and what they cost. `images`: to encode."""
+def _quoted(lengths: _Lengths, sampler: EpochSampler, *, first: int, images: int, to_caption: int) -> _Quoted:
+    """How long the steps after `first` take and what they cost. `images`: to encode. `to_caption`: by a model."""
     plan, total = lengths.plan, lengths.total
-    predicted = _predict(lengths, sampler, first=first, images=images)
+    predicted = _predict(lengths, sampler, first=first, images=images, to_caption=to_caption)
     if first >= total:
         return _Quoted([], None, None)
-    lines = quote.describe(plan, predicted, first=first, total=total)
+    lines = quote.describe(plan, predicted, first=first, total=total, to_caption=to_caption)
     if predicted is None:
         return _Quoted(lines, None, None)
     price = plan.quote.price_per_hour
     figures = {
         "card": plan.quote.card,
         "step_seconds": round(predicted.step, 3),
+        "caption_seconds": None if to_caption and not predicted.captions else round(predicted.captions),
         "seconds": round(predicted.total),
         "cost": round(price * predicted.total / quote.HOUR_S, 2) if price else None,
         "is_measured": False,

@@ -170,6 +170,8 @@ class Session:
             final, self.plan, steps=self.total, samples=self.home / "sample", seconds=status.seconds()
         ):
             log.info("%s", line)
+        if found := metrics.risen():
+            log.warning("Compare the samples before you use it: %s.", found)
         return final
 
     def finish(self, status: Status, metrics: Metrics) -> Path | None:

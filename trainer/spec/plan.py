@@ -306,6 +306,8 @@ class QuotePlan:
     round_s: float = 0.0  # drawing a sample of each prompt
     start_s: float = 0.0  # to the first step, with everything on this machine, without encoding
     image_s: float = 0.0  # encoding an image and its caption
+    caption_s: float = 0.0  # captioning an image by a model (CAPTION_WITH)
+    captioner_s: float = 0.0  # loading that model
     price_per_hour: float | None = None  # of all machines of the job
     limit_hours: float | None = None  # of MAX_RUNTIME or MAX_COST, whichever comes first
     limit: str = ""  # that one in words

@@ -22,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from trainer.data.decode import LARGEST_SAMPLE, read_sample
 from trainer.job.reporting.status import Status, clock
 from trainer.spec.log_lines import escaped
-from trainer.spec.messages import noise_bands
+from trainer.spec.messages import noise_bands, trend
 from trainer.spec.plan import Plan
 from trainer.storage import atomic, json_files, own_files
 from trainer.storage.read import read_regular
@@ -81,6 +81,8 @@ class Metrics:
         self._began = time.monotonic()
         self._spent = 0.0  # seconds of training before `_began`, without validation and samples
         self._images = 0
+        self._losses: list[float] = []  # of this start
+        self._has_risen = False
 
     def describe(self, text: str) -> None:
         """Show what the run was told to do, in Markdown, on TensorBoard's page of texts."""
@@ -121,6 +123,8 @@ class Metrics:
         recorded = dict(row)
         if not step.skipped:
             recorded |= _by_noise(step)
+            self._losses.append(step.loss)
+            self._warn_if_risen()
         if compiled is not None:
             recorded["compiled"] = compiled
         if estimate is not None:
@@ -144,6 +148,19 @@ class Metrics:
                 "step %d/%d  epoch %d  loss %.4f  %.2f images/s  %s",
                 step.number, self.total, step.epoch, step.loss, speed, self._outlook(),
             )  # fmt: skip
+
+    def _warn_if_risen(self) -> None:
+        """Once: whoever trains with it may stop, and go on from a save before it."""
+        if self._has_risen or len(self._losses) % trend.STRETCH:
+            return
+        found = trend.risen(self._losses)
+        if found:
+            self._has_risen = True
+            log.warning("Step %d: %s. %s", self.done, found, trend.ADVICE)
+
+    def risen(self) -> trend.Risen | None:
+        """How the loss of this start has risen; None where it has not."""
+        return trend.risen(self._losses)
 
     def _outlook(self) -> str:
         """The time that is left, and when the next samples come."""
