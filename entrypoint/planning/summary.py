@@ -25,7 +25,7 @@ from trainer.data.identity import content_changes, fingerprint
 from trainer.data.records import WARNING, ImageRecord, Scan
 from trainer.data.scan import cpu_workers, scan
 from trainer.spec import memory_model
-from trainer.spec.family import base_models, get_family, lora_formats
+from trainer.spec.family import base_models, facts_of, lora_formats
 from trainer.spec.plan import Dataset, Plan, Source
 from trainer.spec.rules import automatic, outlook, quote, sanity
 from trainer.storage.atomic import human_size
@@ -216,7 +216,7 @@ def long_captions(plan: Plan, sampler: EpochSampler, *, hub_cache: Path, estimat
 
     `estimate`: where its tokenizer is not on this machine, name those that are too long in any case.
     """
-    facts = get_family(plan.model.family).FACTS
+    facts = facts_of(plan.model.family, plan.model.base)
     reader = caption_length.load_light_reader(plan.model, max_tokens=plan.train.max_token_length, hub_cache=hub_cache)
     if reader is None:
         log.info("Whether a caption is too long for the text encoder is known once its tokenizer is on this machine.")

@@ -10,7 +10,7 @@ from entrypoint.report.card import card, is_own
 from entrypoint.report.gather import gather
 from entrypoint.report.usage import diffusers_code
 from tests.support.finished_runs import ODD
-from trainer.spec.family import base_models, get_family
+from trainer.spec.family import base_models, facts_of, get_family
 
 PUBLISHED = sorted(name for name, (_, base) in base_models().items() if not base.is_miniature)
 
@@ -41,7 +41,7 @@ def test_the_code_is_a_program_that_names_the_file_and_the_pipeline(finished, na
     run = with_base(gather(finished), name)
     code = diffusers_code(run, place="me/lora")
     ast.parse(code)
-    assert '"x.safetensors"' in code and get_family(base_models()[name][0]).FACTS.pipelines[0] in code
+    assert '"x.safetensors"' in code and facts_of(base_models()[name][0], name).pipelines[0] in code
     (finished / "x-diffusers.safetensors").write_bytes(b"1")
     assert '"x-diffusers.safetensors"' in diffusers_code(run, place=".")
 

@@ -234,7 +234,7 @@ def z_image(tokenizers: Tokenizers) -> Recipe:
 def flux2(tokenizers: Tokenizers) -> Recipe:
     """FLUX.2 klein: three hidden states of Qwen3 side by side, flow matching without embedded guidance."""
     (words,) = tokenizers
-    qwen = models.deep_qwen3(words, layers=flux2_family.TEXT_STATES[-1] + 1)
+    qwen = models.deep_qwen3(words, layers=flux2_family.QWEN3.states[-1] + 1)
     net = models.flux2_transformer()
 
     def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
@@ -242,7 +242,7 @@ def flux2(tokenizers: Tokenizers) -> Recipe:
         noise = torch.randn_like(latents_BCHW)
         attended = earlier_words(ids[0] != words.pad_token_id)
         states = qwen(input_ids=ids[0], attention_mask=attended, output_hidden_states=True)
-        tokens = torch.cat([states.hidden_states[number] for number in flux2_family.TEXT_STATES], dim=-1)
+        tokens = torch.cat([states.hidden_states[number] for number in flux2_family.QWEN3.states], dim=-1)
         noisy = torch.lerp(latents_BCHW, noise, t[:, None, None, None])
         predicted = flux2_family.predict(net, noisy, t, text={"tokens": tokens}, guidance=1.0)
         return F.mse_loss(predicted.float(), noise - latents_BCHW)
