@@ -131,6 +131,7 @@ FACTS = Facts(
     hub_tags=("flux",),
     kinds=published.KINDS,
     same_sizes=published.same_sizes,
+    pipeline_cfg="true_cfg_scale",
     prompt_steps=20,
     prompt_guidance=3.5,
     prompt_cfg=1.0,

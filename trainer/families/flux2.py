@@ -213,6 +213,7 @@ FACTS = Facts(
     same_sizes=published.same_sizes,
     index_rules=published.INDEX_RULES,
     distilled_defaults={"steps": 4, "cfg": 1.0},  # as the distilled klein models are made to draw
+    pipeline_negative="negative_prompt_embeds=pipe.encode_prompt({})[0]",
     prompt_steps=50,
     prompt_guidance=1.0,
     prompt_cfg=4.0,

@@ -140,6 +140,7 @@ FACTS = Facts(
     index_rules=published.INDEX_RULES,
     distilled_defaults=DISTILLED_DEFAULTS,
     same_sizes=published.same_sizes,
+    pipeline_cfg_none=0.0,
     prompt_steps=28,
     prompt_guidance=1.0,
     prompt_cfg=5.5,  # guidance_scale=4.5 of diffusers' pipeline, which counts from 0

@@ -123,6 +123,7 @@ FACTS = Facts(
     hub_tags=("qwen-image",),
     kinds=published.KINDS,
     same_sizes=published.same_sizes,
+    pipeline_cfg="true_cfg_scale",
     prompt_steps=30,
     prompt_guidance=1.0,
     prompt_cfg=4.0,

@@ -133,6 +133,7 @@ FACTS = Facts(
     hub_tags=("z-image",),
     kinds=published.KINDS,
     same_sizes=published.same_sizes,
+    pipeline_cfg_none=0.0,
     prompt_steps=30,
     prompt_guidance=1.0,
     prompt_cfg=5.0,  # guidance_scale=4 of diffusers' pipeline, which counts from 0

@@ -205,6 +205,11 @@ class Facts:
     index_rules: Rules = field(default_factory=dict)
     # Fields of plan.Prompt for a folder whose index says is_distilled, where they differ from the family's.
     distilled_defaults: dict[str, Any] = field(default_factory=dict)
+    # For programs that people run with a LoRA: what diffusers' pipeline calls classifier-free guidance, the value there
+    # that means none, and how it is given a negative prompt.
+    pipeline_cfg: str = "guidance_scale"
+    pipeline_cfg_none: float = 1.0
+    pipeline_negative: str = "negative_prompt={}"
     # Whether samples go from a negative caption towards the prompt's (--l and --n). False: embedded guidance alone.
     draws_with_cfg: bool = True
     attention_backends: bool = True  # False: it calls torch's attention, whichever backend diffusers is set to

@@ -391,8 +391,14 @@ def test_a_folder_of_another_model_is_refused(folder, changes, expected):
         fetch_model(ModelPlan("flux-dev", "flux", str(folder)), patterns=get_family("flux").FACTS.files, token=None)
 
 
-@pytest.mark.parametrize(("asked", "actual"), [("flux-dev", "sdxl"), ("sdxl", "flux-schnell"), ("sd3", "sdxl")])
-def test_a_folder_of_another_base_model_names_it(tmp_path, asked, actual):
+@pytest.mark.parametrize(
+    ("asked", "actual", "fix"),
+    [
+        *(("flux-dev", "sdxl", "sdxl"), ("sdxl", "flux-schnell", "flux"), ("sd3", "sdxl", "sdxl")),
+        *(("flux2-klein-4b", "flux2-dev", "flux2-dev"), ("flux2-dev", "flux2-klein-9b", "flux2-klein-9b")),
+    ],
+)
+def test_a_folder_of_another_base_model_names_it(tmp_path, asked, actual, fix):
     from entrypoint.fetch.fetch import fetch_model
     from trainer.spec.family import base_models
     from trainer.spec.plan import ModelPlan
@@ -400,7 +406,7 @@ def test_a_folder_of_another_base_model_names_it(tmp_path, asked, actual):
     for name, config in base_models()[actual][1].published.configs.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(config))
-    with pytest.raises(SettingsError, match=rf"is of another base model than {asked}: .* Fix: BASE_MODEL={actual[:4]}"):
+    with pytest.raises(SettingsError, match=rf"is of another base model than {asked}: .* Fix: BASE_MODEL={fix}"):
         fetch_model(ModelPlan(asked, base_models()[asked][0], str(tmp_path)), patterns=(), token=None)
 
 

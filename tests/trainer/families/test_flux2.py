@@ -201,6 +201,36 @@ def test_devs_encoder_may_be_saved_as_the_published_one_is(dev_encoders, tmp_pat
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("saved_as", ["LlamaTokenizer", "LlamaTokenizerFast", "TokenizersBackend"])
+def test_devs_tokenizer_may_be_saved_as_the_published_one_is(tmp_path, saved_as):
+    """By an older transformers: the marks in the config too, no limit of length, and filling up on the right."""
+    place = tmp_path / "tokenizer"
+    shutil.copytree(folder("flux2_dev") / "tokenizer", place)
+    marks = json.loads((place / "tokenizer.json").read_text())["added_tokens"]
+    config = {
+        **{
+            name: json.loads((place / "tokenizer_config.json").read_text())[name] for name in ("bos_token", "eos_token")
+        },
+        "unk_token": "<unk>",
+        "tokenizer_class": saved_as,
+        "processor_class": "PixtralProcessor",
+        "legacy": True,
+        "model_max_length": 10**30,
+        "padding_side": "right",
+        "extra_special_tokens": {},
+        "additional_special_tokens": [mark["content"] for mark in marks],
+        "added_tokens_decoder": {str(mark["id"]): {k: v for k, v in mark.items() if k != "id"} for mark in marks},
+    }
+    (place / "tokenizer_config.json").write_text(json.dumps(config))
+    found, own = (
+        loading.load_tokenizer(each, flux2.MISTRAL.kinds["tokenizer"])
+        for each in (place, folder("flux2_dev") / "tokenizer")
+    )
+    text = f"{flux2.MISTRAL.before}don't 2048 Ünïcode 😀\n{flux2.MISTRAL.after}"
+    assert found(text).input_ids == own(text).input_ids and found.pad_token_id == own.pad_token_id
+    assert found.convert_tokens_to_ids(["<s>", "[INST]", "[/SYSTEM_PROMPT]"]) == [1, 4, 7]
+
+
 def test_a_text_encoder_with_too_few_layers_is_named():
     encoder = {"hidden_size": 24, "num_hidden_layers": 29}
     sizes = flux2.published.dev_same_sizes({"text_encoder": encoder})
