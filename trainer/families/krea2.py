@@ -47,10 +47,10 @@ KINDS = published.KINDS
 MINIATURE = str(Path(__file__).with_name("miniatures") / "krea2")
 
 # The numbers of weights are those of the architecture. The GiB are computed, not measured on a GPU: `none` from what
-# autograd saves of one block of full width on a CPU (bf16, rank 16, without fused blocks: 313 kB for each token), the
-# others from the sizes of the products' outputs (9.8 times the width, for each token), of attention's and of inputs.
-# A caption's 512 tokens count as 721: `text_fusion` keeps 26 times 138 kB of each besides, where the other blocks keep
-# 28 times 313 kB of a token.
+# autograd saves of one fused block on a CPU (FP8, rank 16: 168 kB for each token; 313 of one that is not fused, in
+# bf16), the others from the sizes of the products' outputs (9.8 times the width, for each token), of attention's and of
+# inputs. A caption's 512 tokens count as 721: `text_fusion` keeps 26 times 74 kB of each besides, where the other
+# blocks keep 28 times 168 kB of a token (138 and 313 where they are not fused).
 FOOTPRINT = Footprint(
     block_weights=12.499e9,
     other_weights=0.322e9,
@@ -62,13 +62,13 @@ FOOTPRINT = Footprint(
     text_tokens=721,
     caption_values=160 * 12 * 2560,  # of usual length: 512 tokens would have 31 MB
     latent_channels=16,
-    saved_gib={"none": 8.37, "products": 3.88, "attention": 0.66, "all": 0.33, "host": 0.02},
+    saved_gib={"none": 4.49, "products": 3.88, "attention": 0.66, "all": 0.33, "host": 0.02},
     working_gib=0.6,
     largest_region_weights=0.434e9,
     fp8_weights=12.499e9,
     encoder_weights=4.02e9,
     hidden_size=6144,
-    unfused_factor=1.0,
+    unfused_factor=1.87,
 )
 
 TEXT_TOKENS = 512  # of a caption and of what the template puts behind it: the default of diffusers' pipeline
@@ -233,7 +233,11 @@ def regions(denoiser: Krea2Transformer2DModel) -> list[torch.nn.Module]:
 
 
 def fused_forwards() -> dict[type, type]:
-    return {}
+    from diffusers.models.transformers.transformer_krea2 import Krea2TextFusionBlock, Krea2TransformerBlock
+
+    from trainer.families.fused_blocks.krea2 import FusedKrea2Block, FusedKrea2TextBlock
+
+    return {Krea2TransformerBlock: FusedKrea2Block, Krea2TextFusionBlock: FusedKrea2TextBlock}
 
 
 # ---- prediction
