@@ -255,6 +255,7 @@ def _fit_memory(
         workload,
         strategy,
         have_gib=have_gib,
+        host_memory_gib=hardware.host_memory_gib,
         drawn_pixels=drawn_pixels,
         datasets=datasets,
         notes=notes,
@@ -354,6 +355,7 @@ def _fit_other_phases(
     strategy: Strategy,
     *,
     have_gib: float,
+    host_memory_gib: float,
     drawn_pixels: int,
     datasets: Sequence[Dataset],
     notes: Notes,
@@ -376,6 +378,14 @@ def _fit_other_phases(
     notes.reasons.append(f"Peaks predicted, in GiB of {have_gib:.0f}: {in_words}.")
     if streamed:
         notes.reasons.append("The text encoders come to the device layer by layer.")
+        whole_gib = phase_peaks(streamed=False, tiled=False)["texts"]
+        if whole_gib > host_memory_gib:
+            least = math.ceil(whole_gib / memory_model.USABLE_SHARE)
+            notes.add(
+                f"The text encoders take {whole_gib:.1f} GiB. They do not fit on the card, and the machine, from which "
+                f"their layers would come one by one, has {host_memory_gib:.0f} GiB. Fix: a machine with more memory, "
+                f"or a card with {least} GiB."
+            )
     if tiled:
         notes.reasons.append("Samples are decoded in tiles, and images encoded one by one.")
     return streamed, tiled

@@ -33,7 +33,7 @@ from trainer.data.folders import formats
 from trainer.data.folders.own_output import Written
 from trainer.spec import memory_model
 from trainer.spec.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
-from trainer.spec.family import base_models, get_family
+from trainer.spec.family import base_models, facts_of
 from trainer.spec.plan import AUTO, ModelPlan, Plan, Source, Subset
 from trainer.spec.values import printable, some
 from trainer.spec.weight_formats import PRECISIONS
@@ -47,9 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Estimates, for the largest of the families.
-LATENT_BYTES_PER_PIXEL = 2  # mean and deviation of 16 channels in float32 for 8 × 8 pixels: 2 * 16 * 4 / 64
-VALUES_PER_TOKEN = 4096  # width of T5-XXL's output
-MIN_TOKENS = 77  # CLIP's
+MINIATURE_CHANNELS = 16  # of a miniature's latents, or more than those
 TYPICAL_IMAGE_BYTES = 500_000
 LORA_BYTES_PER_RANK = 0.0005  # bytes of a float32 LoRA of rank 1 for each byte of the base model's weights
 STATE_BYTES_PER_LORA_BYTE = 5  # a state has the adapter and up to four optimiser tensors of its size
@@ -130,13 +128,14 @@ def _cache_bytes_per_image(plan: Plan) -> dict[Source, int]:
     footprint = base_models()[plan.model.base][1].footprint
     bytes_per_value = 4 if PRECISIONS[plan.engine.precision].dtype == "float32" else 2
     caption_bytes = 0  # of a miniature, which has no footprint and small tokens
+    channels = MINIATURE_CHANNELS
     if footprint:
-        usual_values = max(footprint.text_tokens, MIN_TOKENS) * VALUES_PER_TOKEN
-        caption_bytes = (footprint.caption_values or usual_values) * bytes_per_value
+        channels = footprint.latent_channels
+        caption_bytes = footprint.caption_values * bytes_per_value
     sizes: dict[Source, int] = defaultdict(int)
     for dataset in plan.data.datasets:
         width, height = dataset.resolution
-        latent_bytes = width * height * LATENT_BYTES_PER_PIXEL
+        latent_bytes = width * height // 64 * 2 * channels * 4  # fp32, whatever the precision
         for subset in dataset.subsets:
             sizes[subset.source] += latent_bytes * subset.image_variants + caption_bytes * subset.caption_variants
     return sizes
@@ -198,7 +197,7 @@ def _model_bytes(
     model: ModelPlan, space: NeededSpace, answers: Answers, *, token: str | None, hub_cache: Path, retries: RetryPolicy
 ) -> int:
     """Bytes of the model's files, converted ones included. Checks the files: a folder's headers, else their names."""
-    facts = get_family(model.family).FACTS
+    facts = facts_of(model.family, model.base)
     patterns = model_folder.file_patterns(facts, model.parts)
     converted_bytes = single_files.converted_bytes(model)
     space.add("CACHE_PATH", "converted weights", converted_bytes)

@@ -28,7 +28,7 @@ from trainer.data.identity import content_changes, fingerprint
 from trainer.data.records import WARNING, ImageRecord, Scan
 from trainer.data.scan import cpu_workers, scan
 from trainer.spec import memory_model
-from trainer.spec.family import base_models, get_family, lora_formats
+from trainer.spec.family import base_models, facts_of, lora_formats
 from trainer.spec.plan import DataPlan, Dataset, ModelPlan, Plan, Source
 from trainer.spec.rules import automatic, outlook, quote, sanity
 from trainer.storage.atomic import human_size
@@ -241,7 +241,7 @@ def long_captions(plan: Plan, sampler: EpochSampler, answers: Answers, *, hub_ca
 
     `estimate`: where its tokenizer is not on this machine, name those that are too long in any case.
     """
-    facts = get_family(plan.model.family).FACTS
+    facts = facts_of(plan.model.family, plan.model.base)
     most = plan.train.max_token_length
     reader = answers.of(_light_reader, plan.model, most, hub_cache, by=(repr(plan.model), most, hub_cache))
     if reader is None:

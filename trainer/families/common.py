@@ -26,14 +26,17 @@ if TYPE_CHECKING:
 # ---- loading
 
 
-def load_encoder(kind: ConfigKind, folder: Path, *, tokenizer: Any, device: str, dtype: torch.dtype) -> Any:
+def load_encoder(
+    kind: ConfigKind, folder: Path, *, tokenizer: Any, device: str, dtype: torch.dtype, depth: int | None = None
+) -> Any:
     """A frozen text encoder of transformers. `folder`: its own, inside the model's. `tokenizer`: the one it reads by.
+    `depth`: the number of its layers that are loaded, if not all.
 
     Raises SettingsError for one that cannot be loaded, or has no embedding for a token.
     """
     from trainer.base_model import loading, weight_check
 
-    model = loading.load_model(kind, folder, device=device, dtype=dtype)
+    model = loading.load_model(kind, folder, device=device, dtype=dtype, depth=depth)
     weight_check.check_weights(model.named_parameters(), folder)
     loading.check_tokens(tokenizer, model, folder.with_name(folder.name.replace("text_encoder", "tokenizer")))
     return model.eval()

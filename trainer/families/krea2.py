@@ -60,6 +60,8 @@ FOOTPRINT = Footprint(
     peft_weights_per_rank=3.571e6,
     region_count=32,
     text_tokens=721,
+    caption_values=160 * 12 * 2560,  # of usual length: 512 tokens would have 31 MB
+    latent_channels=16,
     saved_gib={"none": 4.49, "products": 3.88, "attention": 0.66, "all": 0.33, "host": 0.02},
     working_gib=0.6,
     largest_region_weights=0.434e9,
@@ -67,7 +69,6 @@ FOOTPRINT = Footprint(
     encoder_weights=4.02e9,
     hidden_size=6144,
     unfused_factor=1.87,
-    caption_values=160 * 12 * 2560,
 )
 
 TEXT_TOKENS = 512  # of a caption and of what the template puts behind it: the default of diffusers' pipeline
@@ -139,6 +140,7 @@ FACTS = Facts(
     index_rules=published.INDEX_RULES,
     distilled_defaults=DISTILLED_DEFAULTS,
     same_sizes=published.same_sizes,
+    pipeline_cfg_none=0.0,
     prompt_steps=28,
     prompt_guidance=1.0,
     prompt_cfg=5.5,  # guidance_scale=4.5 of diffusers' pipeline, which counts from 0

@@ -53,6 +53,8 @@ FOOTPRINT = Footprint(
     peft_weights_per_rank=2.189e6,
     region_count=34,
     text_tokens=512,
+    caption_values=512 * 2560,
+    latent_channels=16,
     saved_gib={"none": 3.4, "products": 2.71, "attention": 0.44, "all": 0.22, "host": 0.02},
     working_gib=0.3,
     largest_region_weights=0.181e9,
@@ -131,6 +133,7 @@ FACTS = Facts(
     hub_tags=("z-image",),
     kinds=published.KINDS,
     same_sizes=published.same_sizes,
+    pipeline_cfg_none=0.0,
     prompt_steps=30,
     prompt_guidance=1.0,
     prompt_cfg=5.0,  # guidance_scale=4 of diffusers' pipeline, which counts from 0
