@@ -1,9 +1,13 @@
 """Sharded weights: the same bits as with all weights on each device, of which each process keeps its part alone.
 
-The processes are threads here, which map each other's parts as processes do (tests/jobs/test_gpus.py has those).
+In most tests the processes are threads, which map each other's parts as processes do.
 """
 
 import copy
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from entrypoint.system.environment import child_environment
 from tests.support.streamed_models import fetched_again, model, step
 from trainer.engine.execution import Engine
 from trainer.engine.memory import checkpointing, sharding
@@ -225,3 +230,29 @@ def test_memory_for_other_processes_does_not_grow(monkeypatch):
     with sharding._fixed_segments():
         pass
     assert len(told) == 2
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_two_processes_train_validate_and_draw_with_the_bits_of_all_weights_on_their_device(tmp_path, device):
+    """With `-m gpu` on two GPUs, or both on one; each process does it another number of times."""
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and not gpus:
+        pytest.skip("needs a GPU")
+    started = []
+    for number in range(2):
+        visible = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if device == "cuda" else {}
+        command = [sys.executable, "-m", "tests.support.shard_team", str(number), str(tmp_path), device]
+        environment = {**child_environment(os.environ), **visible}
+        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    for number in range(2):
+        told = json.loads((tmp_path / f"{number}.json").read_text())
+        if "unreachable" in told:
+            pytest.skip(f"these GPUs do not read each other's memory: {told['unreachable']}")
+        print(f"Reads {told['gb_per_s']:.1f} GB/s.")
+        assert all(told["same"]) and len(told["same"]) == 2 * (2 + number) * 9
+        assert told["captured"] == ([2, 2] if device == "cuda" else [0, 0])
+        assert told["own"] <= 0.51 * told["whole"] and told["slots"] <= told["whole"] / 6 * 1.02
+        if device == "cuda":
+            assert told["freed"] >= 0.3 * told["whole"]
