@@ -143,28 +143,31 @@ def adapter_summary(training_state: TrainingState) -> str:
 def with_reachable_shards(plan: Plan, workers: Workers) -> tuple[Plan, Peers | None]:
     """The plan, and who has the parts of its weights, if these are sharded. All processes must call it.
 
-    Where GPUs cannot read each other's memory, the plan is to stream the weights from the host. Raises SettingsError
-    where that was not left to `auto`, or takes more than the host has.
+    Where GPUs cannot read each other's memory, or read it far slower than the host's, the plan is to stream the weights
+    from the host. Raises SettingsError where that was not left to `auto`, or takes more than the host has.
     """
     engine = plan.engine
     if engine.offload != "shards":
         return plan, None
-    peers = workers.peers()
-    problem = sharding.unreachable(peers, engine.device)
-    if not problem:
-        return plan, peers
-    problem = f"the {engine.num_gpus} GPUs cannot read each other's memory ({problem})"
-    if "PARAMS_OFFLOAD" not in plan.automatic:
-        raise SettingsError(f"PARAMS_OFFLOAD=shards: {problem}. Fix: set PARAMS_OFFLOAD=auto or weights.")
+    is_auto = "PARAMS_OFFLOAD" in plan.automatic
     footprint = base_models()[plan.model.base][1].footprint
+    has_room = True
+    needed_gib = 0.0
     if footprint is not None and engine.host_gib is not None:
         needed_gib = memory_model.weights_gib(footprint, plan.lora.rank, engine.precision)
-        if needed_gib > engine.host_gib:
-            raise SettingsError(
-                f"NUM_GPUS={engine.num_gpus}: {problem}, and of the host's memory each process may take "
-                f"{engine.host_gib:.1f} GiB, where the weights need {needed_gib:.1f}. Fix: take larger cards, or cards "
-                "with NVLink."
-            )
+        has_room = needed_gib <= engine.host_gib
+    peers = workers.peers()
+    problem = sharding.unreachable(peers, engine.device, against_host=is_auto and has_room)
+    if not problem:
+        return plan, peers
+    if not is_auto:
+        raise SettingsError(f"PARAMS_OFFLOAD=shards: {problem}. Fix: set PARAMS_OFFLOAD=auto or weights.")
+    if not has_room:
+        raise SettingsError(
+            f"NUM_GPUS={engine.num_gpus}: {problem}, and of the host's memory each process may take "
+            f"{engine.host_gib:.1f} GiB, where the weights need {needed_gib:.1f}. Fix: take larger cards, or cards "
+            "with NVLink."
+        )
     log.warning("PARAMS_OFFLOAD=weights instead of shards: %s.", problem)
     engine = dataclasses.replace(engine, recompute="all", kept_blocks=0, offload="weights")
     return dataclasses.replace(plan, engine=engine), None

@@ -25,11 +25,19 @@ def asked(job_plan, *, automatic=("PARAMS_OFFLOAD",), host_gib=None, base=None, 
 
 @pytest.fixture
 def apart(monkeypatch):
-    monkeypatch.setattr(sharding, "unreachable", lambda peers, device: "peer access is not supported")
+    """Adds to the list whether the host's memory was compared."""
+    compared = []
+
+    def unreachable(peers, device, *, against_host):
+        compared.append(against_host)
+        return "the GPUs cannot read each other's memory (no)"
+
+    monkeypatch.setattr(sharding, "unreachable", unreachable)
+    return compared
 
 
 def test_weights_are_sharded_where_gpus_reach_each_other(job_plan, monkeypatch):
-    monkeypatch.setattr(sharding, "unreachable", lambda peers, device: "" if peers is PEERS else "no")
+    monkeypatch.setattr(sharding, "unreachable", lambda peers, device, against_host: "" if peers is PEERS else "no")
     plan = asked(job_plan)
     assert with_reachable_shards(plan, WORKERS) == (plan, PEERS)
 
@@ -42,14 +50,14 @@ def test_other_plans_are_left_alone(job_plan, apart):
 def test_auto_streams_the_weights_from_the_host_where_gpus_do_not_reach_each_other(job_plan, apart, caplog):
     plan, peers = with_reachable_shards(asked(job_plan), WORKERS)
     assert (plan.engine.recompute, plan.engine.offload, peers) == ("all", "weights", None)
-    assert (
-        "PARAMS_OFFLOAD=weights instead of shards: the 2 GPUs cannot read each other's memory (peer ac" in caplog.text
-    )
+    assert "PARAMS_OFFLOAD=weights instead of shards: the GPUs cannot read each other's memory (no)." in caplog.text
+    assert apart == [True]
 
 
 def test_what_was_asked_for_is_not_replaced(job_plan, apart):
     with pytest.raises(SettingsError, match=r"PARAMS_OFFLOAD=shards: .* Fix: set PARAMS_OFFLOAD=auto or weights\."):
         with_reachable_shards(asked(job_plan, automatic=()), WORKERS)
+    assert apart == [False]
 
 
 @pytest.mark.parametrize(("share", "fits"), [(1.01, True), (0.99, False)])
@@ -60,5 +68,5 @@ def test_the_host_must_have_the_memory(job_plan, apart, share, fits):
     if fits:
         assert with_reachable_shards(plan, WORKERS)[0].engine.offload == "weights"
         return
-    with pytest.raises(SettingsError, match=r"NUM_GPUS=2: .* each process may take .* Fix: take larger cards"):
+    with pytest.raises(SettingsError, match=r"NUM_GPUS=2: the GPUs .* each process may take .* Fix: take larger cards"):
         with_reachable_shards(plan, WORKERS)

@@ -37,6 +37,9 @@ from trainer.storage.read import read_text
 
 log = logging.getLogger(__name__)
 PROBE_BYTES = 2**26  # that each process reads of another one to see whether it can
+# Sharded weights may take this many times as long to come as weights from the host: these cannot be captured in graphs,
+# and everything is recomputed besides.
+SLOW = 2.0
 GROWING_SEGMENTS = "expandable_segments:True"
 
 
@@ -193,19 +196,47 @@ class Shards:
         return torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)[:size]
 
 
-def unreachable(peers: Peers, device: str) -> str:
-    """Why the processes cannot read each other's memory on `device`; "" if all can. All must call it, and agree."""
+def unreachable(peers: Peers, device: str, *, against_host: bool = False) -> str:
+    """Why the processes should not read each other's memory on `device`; "" if all can. All must call it, and agree.
+
+    `against_host`: also where that is far slower than to copy all weights from the host.
+    """
+    probe = Shards(peers, device)
     problem = ""
     try:
-        probe = Shards(peers, device)
         size = probe.size_of(PROBE_BYTES)
         probe.keep(torch.arange(size // 8, device=device).view(torch.uint8))
         probe.connect(torch.empty(size, dtype=torch.uint8, device=device))
     except (RuntimeError, KilnError) as error:
         problem = (str(error).splitlines() or [repr(error)])[0]
-    if peers.all_agree(not problem):
+    if not peers.all_agree(not problem):
+        return f"the GPUs cannot read each other's memory ({problem or 'says another process'})"
+    if not against_host:
         return ""
-    return problem or "another process cannot"
+    # Of the others' memory each reads all but its own part, and of the host's everything.
+    here = f"the GPUs read each other's memory at {probe.gb_per_s:.1f} GB/s"
+    host_gb_per_s = _host_gb_per_s(device)
+    share_read = (peers.count - 1) / peers.count
+    is_fast = share_read / probe.gb_per_s <= SLOW / host_gb_per_s
+    if peers.all_agree(is_fast):
+        return ""
+    return f"{here}, and the host's at {host_gb_per_s:.1f} GB/s"
+
+
+def _host_gb_per_s(device: str) -> float:
+    """How fast page-locked memory of the host comes to the device."""
+    if torch.device(device).type == "cpu":
+        return 1e-9  # nothing has to come
+    host = torch.empty(PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(PROBE_BYTES, dtype=torch.uint8, device=device)
+    seconds = 0.0
+    for _ in range(2):  # the first one sets up
+        torch.cuda.synchronize()
+        started = time.monotonic()
+        there.copy_(host, non_blocking=True)
+        torch.cuda.synchronize()
+        seconds = time.monotonic() - started
+    return PROBE_BYTES / max(seconds, 1e-9) / 1e9
 
 
 @contextlib.contextmanager

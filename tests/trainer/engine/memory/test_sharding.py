@@ -162,7 +162,7 @@ def test_processes_that_stored_other_weights_are_noticed(tmp_path):
 
 
 def test_whether_memory_can_be_read_is_tried_and_all_agree(tmp_path, monkeypatch):
-    assert together(tmp_path, 3, lambda peers: unreachable(peers, "cpu")) == ["", "", ""]
+    assert together(tmp_path, 3, lambda peers: unreachable(peers, "cpu", against_host=True)) == ["", "", ""]
     opened = Shards._open
 
     def refused(self, handle, size):
@@ -174,7 +174,31 @@ def test_whether_memory_can_be_read_is_tried_and_all_agree(tmp_path, monkeypatch
     folder.mkdir()
     monkeypatch.setattr(Shards, "_open", refused)
     found = together(folder, 2, lambda peers: unreachable(peers, "cpu"))
-    assert found == ["another process cannot", "CUDA error: peer access is not supported"]
+    assert found == [
+        "the GPUs cannot read each other's memory (says another process)",
+        "the GPUs cannot read each other's memory (CUDA error: peer access is not supported)",
+    ]
+
+
+@pytest.mark.parametrize(("host", "count", "is_slow"), [(30.0, 2, False), (50.0, 2, True), (50.0, 1, False)])
+def test_memory_that_is_read_far_slower_than_the_hosts_is_not_worth_it(tmp_path, monkeypatch, host, count, is_slow):
+    """Half of the weights at 10 GB/s, or all of them from the host. One process that finds it slow decides for all."""
+    monkeypatch.setattr(sharding, "_host_gb_per_s", lambda device: host)
+    check = Shards._check
+
+    def measured(self, slot):
+        check(self, slot)
+        self.gb_per_s = 10.0 if self.peers.number == 0 else 1000.0
+
+    monkeypatch.setattr(Shards, "_check", measured)
+    found = together(tmp_path, count, lambda peers: unreachable(peers, "cpu", against_host=True))
+    if not is_slow:
+        assert found == [""] * count
+        return
+    assert found[0] == "the GPUs read each other's memory at 10.0 GB/s, and the host's at 50.0 GB/s"
+    folder = tmp_path / "again"
+    folder.mkdir()
+    assert together(folder, count, lambda peers: unreachable(peers, "cpu")) == ["", ""]
 
 
 def test_a_process_that_cannot_share_its_memory_keeps_no_other_waiting(tmp_path, monkeypatch):
@@ -185,7 +209,8 @@ def test_a_process_that_cannot_share_its_memory_keeps_no_other_waiting(tmp_path,
 
     monkeypatch.setattr(Shards, "_handles", failing)
     found = together(tmp_path, 2, lambda peers: unreachable(peers, "cpu"))
-    assert found == ["no such call", "process 0 cannot share its memory"]
+    why = ["no such call", "process 0 cannot share its memory"]
+    assert found == [f"the GPUs cannot read each other's memory ({each})" for each in why]
 
 
 def test_the_last_fallback_streams_the_weights_from_the_host(tmp_path, monkeypatch, caplog):
