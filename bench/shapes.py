@@ -19,6 +19,7 @@ steps. `reserved_gib`: the peak of what torch holds; `device_gib`: what the devi
 from __future__ import annotations
 
 import datetime
+import gc
 import hashlib
 import logging
 import math
@@ -253,6 +254,7 @@ def measure(plan: Plan, count: int, epoch: list[Batch], *, small: bool = False) 
     made = micro_batches(plan, epoch)
     row["sizes"] = len(set(map(id, made)))
     job = Job(plan, epoch, small=small)
+    gc.freeze()  # as a job does
     started = time.monotonic()
     try:
         job.rehearse(epoch, made)
@@ -261,6 +263,8 @@ def measure(plan: Plan, count: int, epoch: list[Batch], *, small: bool = False) 
     except (torch.OutOfMemoryError, KilnError) as problem:
         job.runner.release()
         return {**row, "problem": str(problem).splitlines()[0][:100]}
+    finally:
+        gc.unfreeze()
     after = [late - early for early, late in pairwise(times[len(made) - 1 :])]
     usual_s = statistics.mean(after)
     row["before_s"] = round(times[len(made) - 1] - started - usual_s * len(made), 1)

@@ -2,7 +2,7 @@
 
     python -m bench step --family FAMILY PRECISION+POLICY[+WORD]…:BATCH …
 
-FAMILY: flux (1280 x 768 pixels), or flux2, qwen_image, sd3, sdxl, z_image (1024 x 1024). PRECISION: a value of
+FAMILY: flux (1280 x 768 pixels), or flux2, krea2, qwen_image, sd3, sdxl, z_image (1024 x 1024). PRECISION: a value of
 PARAMS_PRECISION. POLICY: what the backward pass recomputes (all, attention, products, none;
 trainer.engine.memory.checkpointing). WORD:
 

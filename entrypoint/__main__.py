@@ -34,6 +34,7 @@ from entrypoint.queue.jobs import expand, tell_queue
 from entrypoint.settings import help_env, json_schema, read_settings
 from entrypoint.system import environment, prices, public_addresses, secrets
 from entrypoint.system.environment import QUEUED
+from entrypoint.system.machine import Machine
 from trainer import __version__
 from trainer.process import streams
 from trainer.spec.commands.parser import Parser
@@ -197,7 +198,7 @@ def jobs(
     """One job, or all jobs of JOBS, SWEEP and a BASE_MODEL with several names; see `job`."""
     public_addresses.guard(environ)
     queued = expand(environ)
-    one_job = functools.partial(job, check=check, prefetch=prefetch, card=card, report=report)
+    one_job = functools.partial(job, check=check, prefetch=prefetch, card=card, report=report, machine=Machine())
     if not queued:
         return one_job(environ)
     if not check and not prefetch:

@@ -32,6 +32,7 @@ from entrypoint.report import start as job_report
 from entrypoint.report.receipt import receipt
 from entrypoint.settings import Settings, given, read_settings
 from entrypoint.system import cards, hardware, public_addresses
+from entrypoint.system.machine import Machine
 from entrypoint.system.raw_value import raw_value
 from entrypoint.trackers import beside as trackers
 from trainer.network import addresses
@@ -55,12 +56,15 @@ def job(
     prefetch: bool = False,
     card: str | None = None,
     report: CheckReport | None = None,
+    machine: Machine | None = None,
 ) -> int:
     """The whole job; returns the trainer's exit code, or 0. Raises the errors of `trainer.spec.errors`.
 
     `prefetch`: all that the job downloads is brought, and nothing is trained. `card`: the name of one to check for, in
-    place of what this machine has. `report`: is told the plan and its figures.
+    place of what this machine has. `report`: is told the plan and its figures. `machine`: what other jobs have asked
+    this machine already.
     """
+    machine = machine or Machine()
     public_addresses.guard(environ)
     # In a pod the job is a process of its own: what it tells its parent is not what the supervisor tells its own.
     if vitals.VARIABLE in os.environ:
@@ -86,7 +90,7 @@ def job(
         ) as nodes,
     ):
         own = {**environ, "TMPDIR": str(temporary)}
-        code = _job(settings, own, nodes, check=check, prefetch=prefetch, card=card, report=report)
+        code = _job(settings, own, nodes, check=check, prefetch=prefetch, card=card, report=report, machine=machine)
         code = nodes.end(code, "")
         ending.exit_code, ending.message = code, ""  # the trainer's own is in status.json
         if not alone and code == 0 and nodes.is_first:  # the last line of any other end has its exit code
@@ -146,12 +150,13 @@ def _job(
     prefetch: bool,
     card: str | None,
     report: CheckReport | None,
+    machine: Machine,
 ) -> int:
     """`job`, with a place for temporary files."""
     retries = checking() if check else http.USUAL
     keys = Keys.of(settings, environ)
     settings, arrivals = doors.arrive(settings, environ, retries=retries)
-    plan, detected, kernels = _planned(settings, environ, card)
+    plan, detected, uses_gpu = _planned(settings, environ, card, machine)
     missing = _missing_accelerator(plan, backend=settings.engine.backend)
     if missing and not check and not prefetch:
         raise missing
@@ -185,8 +190,8 @@ def _job(
         fetch_all(plan, settings, access)
         log.info("Fetched: all that this job downloads is here, and is checked. Nothing was trained.")
         return 0
-    if kernels is not None:
-        hardware.check_kernels(detected, kernels.names())
+    if uses_gpu:
+        hardware.check_kernels(detected, machine.kernels)
     if missing:
         raise missing
     with upload.all_beside(targets, environ) as uploaded:
@@ -199,18 +204,18 @@ def _job(
 
 
 def _planned(
-    settings: Settings, environ: Mapping[str, str], card: str | None
-) -> tuple[Plan, hardware.Hardware, hardware.TorchKernels | None]:
-    """The plan, the hardware it is for, and, where a GPU of this machine trains, what tells what torch can run here."""
+    settings: Settings, environ: Mapping[str, str], card: str | None, machine: Machine
+) -> tuple[Plan, hardware.Hardware, bool]:
+    """The plan, the hardware it is for, and whether a GPU of this machine trains."""
     manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
-    detected = _card_to_check_for(card) if card is not None else hardware.detect()
-    kernels = hardware.TorchKernels() if card is None and detected.vendor != "cpu" else None
+    detected = _card_to_check_for(card) if card is not None else machine.hardware
+    if card is None and detected.vendor != "cpu":
+        _ = machine.asked_torch  # which answers while the plan is made
     plan = make_plan(settings, manifest, detected, now=now(environ))
-    if plan.engine.device == "cpu":
-        kernels = None
-    if kernels is not None:
+    uses_gpu = card is None and plan.engine.device != "cpu"
+    if uses_gpu:
         hardware.check_torch(detected, hardware.torch_version())
-    return dataclasses.replace(plan, model=bake.with_baked(plan.model)), detected, kernels
+    return dataclasses.replace(plan, model=bake.with_baked(plan.model)), detected, uses_gpu
 
 
 def _finished(done: Path, targets: list[upload.Job], environ: Mapping[str, str]) -> int:

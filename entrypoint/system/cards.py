@@ -111,6 +111,7 @@ GAMING = re.compile(r"(GTX|RTX) \d{4}( Ti)?( Super)?( D)?( \d+GB)?")
 MIN_MIB, MAX_MIB = 2 * 1024, 1024 * 1024
 MIN_HOST_GIB = 32.0  # the least that RunPod's pods with a 24 GB card have
 ASSUMED_CPUS = 8
+LONGEST_NAME = 100  # characters of a card's name; the patterns below take quadratic time
 SAME_MEMORY = 0.02  # by how much two cards of one model may differ in memory: ECC takes some
 
 
@@ -119,7 +120,9 @@ def hardware_of(text: str) -> Hardware:
 
     Its host memory is taken to be twice the card's, at least `MIN_HOST_GIB`. Raises SettingsError for an unknown name.
     """
-    match = re.fullmatch(r"\s*(?:(\d{1,2})\s*[x×*]\s*)?(.+?)\s*", text.casefold())
+    match = None
+    if len(text) <= LONGEST_NAME:
+        match = re.fullmatch(r"\s*(?:(\d{1,2})\s*[x×*]\s*)?(.+?)\s*", text.casefold())
     if match is None:
         raise SettingsError(f"--gpu {show(text)} is not a card. Fix: give its name, such as 'RTX 4090', or '12 GB'.")
     count = int(match[1] or 1)

@@ -287,7 +287,7 @@ NO_TERMS = {
     ),
     **dict.fromkeys(("Known", "HidingStream"), "how known secrets are kept out of what is printed"),
     **dict.fromkeys(("PartlyJoinedProcessor", "PartlyJoinedFlux2Processor"), "one case of a class of diffusers"),
-    **dict.fromkeys(("Card", "TorchKernels"), "what a card, and this torch, can do"),
+    **dict.fromkeys(("Card", "TorchKernels", "Machine"), "what a card, and this torch, can do"),
     **dict.fromkeys(("Budget", "Limits", "Names"), "bounds on archives"),
     **dict.fromkeys(("Cached", "Listing", "RemoteFile", "Repo"), "records of the Hub's client"),
     **dict.fromkeys(("Asked", "Found", "Layout", "Place"), "how a dataset was named, and what was found of it"),

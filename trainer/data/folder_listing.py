@@ -208,7 +208,7 @@ class _Walker:
             return []
         names = [entry.name for entry in found]
         if here:
-            whole = own_output.whole_reason(PurePosixPath(here).name, names)
+            whole = own_output.whole_reason(here.rpartition("/")[2], names)
             kind = "other job"
             if variable not in (None, "OUTPUT_PATH"):  # there, images of the user may lie beside the job's
                 whole = f"the {variable} of this job"

@@ -121,13 +121,13 @@ def _head_norm_rope(x: Tensor, weight: Tensor, turns: Tensor, eps: float) -> Ten
     return rotated
 
 
-def head_norm_rope(x_BTF: Tensor, norm: Any, turns_BTR2: Tensor) -> Tensor:
+def head_norm_rope(x_BTF: Tensor, weight_D: Tensor, turns_BTR2: Tensor, eps: float) -> Tensor:
     """The queries or keys of a projection of their own, normalised by head and rotated, (B, T, H, D).
 
-    `turns`: cosine and sine of each token's angles, in each image, or (1, T, R, 2) in all. `norm`: one that
-    `can_fuse_rope` takes.
+    `turns`: cosine and sine of each token's angles, in each image, or (1, T, R, 2) in all; (1, 1, R, 2) for all tokens.
+    `weight`: what an RMSNorm that `can_fuse_rope` takes multiplies by.
     """
-    return _head_norm_rope(x_BTF, norm.weight, turns_BTR2, norm.eps)
+    return _head_norm_rope(x_BTF, weight_D, turns_BTR2, eps)
 
 
 def rope_attention(

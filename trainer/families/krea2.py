@@ -47,10 +47,10 @@ KINDS = published.KINDS
 MINIATURE = str(Path(__file__).with_name("miniatures") / "krea2")
 
 # The numbers of weights are those of the architecture. The GiB are computed, not measured on a GPU: `none` from what
-# autograd saves of one block of full width on a CPU (bf16, rank 16, without fused blocks: 313 kB for each token), the
-# others from the sizes of the products' outputs (9.8 times the width, for each token), of attention's and of inputs.
-# A caption's 512 tokens count as 721: `text_fusion` keeps 26 times 138 kB of each besides, where the other blocks keep
-# 28 times 313 kB of a token.
+# autograd saves of one fused block on a CPU (FP8, rank 16: 168 kB for each token; 313 of one that is not fused, in
+# bf16), the others from the sizes of the products' outputs (9.8 times the width, for each token), of attention's and of
+# inputs. A caption's 512 tokens count as 721: `text_fusion` keeps 26 times 74 kB of each besides, where the other
+# blocks keep 28 times 168 kB of a token (138 and 313 where they are not fused).
 FOOTPRINT = Footprint(
     block_weights=12.499e9,
     other_weights=0.322e9,
@@ -60,13 +60,13 @@ FOOTPRINT = Footprint(
     peft_weights_per_rank=3.571e6,
     region_count=32,
     text_tokens=721,
-    saved_gib={"none": 8.37, "products": 3.88, "attention": 0.66, "all": 0.33, "host": 0.02},
+    saved_gib={"none": 4.49, "products": 3.88, "attention": 0.66, "all": 0.33, "host": 0.02},
     working_gib=0.6,
     largest_region_weights=0.434e9,
     fp8_weights=12.499e9,
     encoder_weights=4.02e9,
     hidden_size=6144,
-    unfused_factor=1.0,
+    unfused_factor=1.87,
     caption_values=160 * 12 * 2560,
 )
 
@@ -231,7 +231,11 @@ def regions(denoiser: Krea2Transformer2DModel) -> list[torch.nn.Module]:
 
 
 def fused_forwards() -> dict[type, type]:
-    return {}
+    from diffusers.models.transformers.transformer_krea2 import Krea2TextFusionBlock, Krea2TransformerBlock
+
+    from trainer.families.fused_blocks.krea2 import FusedKrea2Block, FusedKrea2TextBlock
+
+    return {Krea2TransformerBlock: FusedKrea2Block, Krea2TextFusionBlock: FusedKrea2TextBlock}
 
 
 # ---- prediction

@@ -1,5 +1,7 @@
 """`--check --gpu CARD`: the names by which shops and RunPod's catalog know accelerators."""
 
+import time
+
 import pytest
 
 from entrypoint.system.cards import CARDS, hardware_of
@@ -67,3 +69,11 @@ def test_an_unknown_card_is_refused_with_a_hint(text, hint):
 )
 def test_gaming_cards_do_not_read_each_others_memory(text, reach):
     assert hardware_of(text).reach_each_other == reach
+
+
+@pytest.mark.parametrize("text", ["9" * 100_000, "rtx" + " " * 100_000 + "x", "5 x " + "a" * 100_000])
+def test_a_text_without_end_is_refused_at_once(text):
+    began = time.process_time()
+    with pytest.raises(SettingsError, match="is not a card"):
+        hardware_of(text)
+    assert time.process_time() - began < 0.5
