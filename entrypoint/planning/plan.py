@@ -127,6 +127,7 @@ def _left_to_hardware(settings: Settings) -> tuple[str, ...]:
         "BACKEND": settings.engine.backend == "auto",
         "PARAMS_PRECISION": settings.engine.precision == "auto",
         "PARAMS_BATCH_SIZE": settings.data.batch_size == 0,
+        "PARAMS_OFFLOAD": settings.engine.offload == "auto",
     }
     return tuple(name for name, is_auto in choices.items() if is_auto)
 

@@ -247,7 +247,8 @@ class EnginePlan:
     # What the backward pass recomputes: a key of trainer.engine.memory.checkpointing.POLICIES.
     recompute: str = neutral("none")
     kept_blocks: int = neutral(0)  # blocks that keep everything, whatever `recompute` says
-    offload: str = neutral("none")  # what is kept in the host's memory: a key of trainer.spec.strategies.OFFLOADS
+    # What is kept in the host's memory, or on the other GPUs: a key of trainer.spec.strategies.OFFLOADS.
+    offload: str = neutral("none")
     turned_weights: bool = neutral(False)  # a transposed copy of 8-bit weights is kept for the backward pass
     stream_encoders: bool = neutral(False)  # the text encoders' layers are streamed to the device one by one
     host_gib: float | None = neutral(None)  # of the host's memory that weights may take; None: any
