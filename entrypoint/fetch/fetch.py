@@ -121,6 +121,7 @@ def fetch_source(
             keys = replace(keys, hub=token)
             return replace(source, path=str(_archive_folder(source, cache=cache, keys=keys, retries=retries)))
         if source.kind == "bucket":
+            keys = replace(keys, hub=token)
             folder = folders.bring(named(source), source.location, keys, cache=cache, retries=retries)
             return replace(source, path=str(folder))
         return _hub_dataset(source, cache=cache, token=token, hub_cache=hub_cache, retries=retries)

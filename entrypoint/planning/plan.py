@@ -19,7 +19,7 @@ from entrypoint.dataset_config.manifest import Manifest
 from entrypoint.dataset_config.sources import HUB_ID
 from entrypoint.fetch import training_adapter
 from entrypoint.planning import sanity, single_files, starting_point, text_encoders
-from entrypoint.planning.captioner import captioner_plan
+from entrypoint.planning.captions.captioner import captioner_plan
 from entrypoint.planning.engine_choice import engine_plan
 from entrypoint.planning.step_time import quote_plan, refuse_too_short
 from entrypoint.planning.targets import check_targets
@@ -127,6 +127,7 @@ def _left_to_hardware(settings: Settings) -> tuple[str, ...]:
         "BACKEND": settings.engine.backend == "auto",
         "PARAMS_PRECISION": settings.engine.precision == "auto",
         "PARAMS_BATCH_SIZE": settings.data.batch_size == 0,
+        "PARAMS_OFFLOAD": settings.engine.offload == "auto",
     }
     return tuple(name for name, is_auto in choices.items() if is_auto)
 

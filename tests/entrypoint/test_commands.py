@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 )
 def test_the_first_argument_chooses(monkeypatch, arguments, check):
     asked = []
-    monkeypatch.setattr(entrypoint, "job", lambda environ, *, check, prefetch, card, report: asked.append(check) or 0)
+    monkeypatch.setattr(entrypoint, "job", lambda _environ, *, check, **_others: asked.append(check) or 0)
     assert entrypoint.main(arguments) == 0
     assert asked == [check]
 
@@ -109,7 +109,7 @@ def test_a_card_that_cannot_train_is_refused(photographs, caplog, card, message)
 
 @pytest.mark.parametrize("arguments", [["trian"], ["check", "more"]])
 def test_an_unknown_command_is_a_wrong_command_line(monkeypatch, capsys, arguments):
-    monkeypatch.setattr(entrypoint, "job", lambda environ, *, check, prefetch, card, report: pytest.fail("it ran"))
+    monkeypatch.setattr(entrypoint, "job", lambda *_arguments, **_others: pytest.fail("it ran"))
     assert entrypoint.main(arguments) == 64
     assert "train" in capsys.readouterr().err
 

@@ -270,8 +270,8 @@ def predict(
     """
     import torch
 
-    b, c, h, w = noisy_BCHW.shape
-    patches_BLD = noisy_BCHW.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * 4)
+    b, _, h, w = noisy_BCHW.shape
+    patches_BLD = common.patch_tokens(noisy_BCHW)
     img_ids = torch.zeros(h // 2, w // 2, 3, device=noisy_BCHW.device, dtype=denoiser.dtype)
     img_ids[..., 1] = torch.arange(h // 2, device=noisy_BCHW.device)[:, None]
     img_ids[..., 2] = torch.arange(w // 2, device=noisy_BCHW.device)
@@ -285,7 +285,7 @@ def predict(
         img_ids=img_ids.view(-1, 3),
         return_dict=False,
     )[0]
-    return out_BLD.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+    return common.latents_of_patches(out_BLD, h, w)
 
 
 def sample(

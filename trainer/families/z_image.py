@@ -342,7 +342,6 @@ def sample(
     scheduler: dict[str, Any] | None = None,
 ) -> Image.Image:
     """`prompt.cfg` counts as in every family, from 1 (none): the pipeline's guidance_scale is one less."""
-    import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 
     pipe = ZImagePipeline(
@@ -356,11 +355,7 @@ def sample(
         prompt_embeds=_embeds(text),
         negative_prompt_embeds=_embeds(negative),
         guidance_scale=prompt.cfg - 1,
-        num_inference_steps=prompt.steps,
-        width=prompt.width,
-        height=prompt.height,
-        generator=torch.Generator("cpu").manual_seed(prompt.seed),
-        output_type="latent",
+        **common.drawing_arguments(prompt),
     ).images
     return common.to_image(pipe, common.decode_latents(vae, latents_BCHW))
 

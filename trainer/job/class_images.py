@@ -111,6 +111,8 @@ def _fill(wanted: Sequence[tuple[ClassImages, Path]], plan: Plan, *, model: Path
     encoded = dict(zip(texts, family.encode_text(encoders, texts, max_tokens=plan.train.max_token_length), strict=True))
     del encoders
     release()
+    if engine.offload == "shards":  # this process is alone yet
+        engine = replace(engine, offload="weights")
     denoiser, weight_streamer = load_denoiser(family, model, engine, fused={}, targets=())
     if weight_streamer:
         weight_streamer.attach()

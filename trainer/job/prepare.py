@@ -94,7 +94,12 @@ def find_run(plan: Plan, *, status: Status, check_in: Callable[[], None]) -> tup
         if any(wanting(scanned.images, scanned.data)):
             status.phase("captioning")
         return caption_images(
-            scanned, scanned.data, cache=Path(plan.output.cache), engine=plan.engine, check_in=check_in
+            scanned,
+            scanned.data,
+            cache=Path(plan.output.cache),
+            engine=plan.engine,
+            check_in=check_in,
+            told=status.captioned,
         )
 
     scanned = scan_and_report(
