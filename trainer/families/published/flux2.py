@@ -27,7 +27,11 @@ from trainer.spec.rules.config_rules import (
     whole,
 )
 
-NAME_CAUTIONS = {"klein[-_. ]?(4b|9b)": common.DISTILLED}  # the names of the base models have `base` between
+NAME_CAUTIONS = {
+    "klein[-_. ]?(4b|9b)": common.DISTILLED,  # the names of the base models have `base` between
+    common.TURBO: common.DISTILLED,
+    common.FEW_STEPS: common.DISTILLED,
+}
 STATES = 3  # hidden states of the text encoder that are put side by side
 VAE: Config = {
     "_class_name": "AutoencoderKLFlux2",

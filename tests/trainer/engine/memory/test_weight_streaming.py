@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.support.miniatures import family_of
 from tests.support.miniatures import folder as miniature
 from tests.support.streamed_models import fetched_again, model, step
 from trainer.engine.encoders import load_text_encoders, load_vae
@@ -103,14 +104,14 @@ def test_a_region_whose_weights_were_overwritten_fetches_them_again():
         assert all(torch.equal(layers[i](x), wanted[i]) for i in order)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "flux2_dev"])
 def test_streamed_text_encoders_give_the_same_embeddings(name):
     captions = ["a red circle", "a blue square on a green background"]
     found = []
     for streamed in (False, True):
         plan = EnginePlan(stream_encoders=streamed)
-        encoders = load_text_encoders(get_family(name), miniature(name), plan)
-        found.append(get_family(name).encode_text(encoders, captions))
+        encoders = load_text_encoders(family_of(name), miniature(name), plan)
+        found.append(family_of(name).encode_text(encoders, captions))
     for stayed, came in zip(*found, strict=True):
         assert all(torch.equal(stayed[key], came[key]) for key in stayed)
 
