@@ -66,7 +66,7 @@ function facts(status, series) {
     add("Ends about", new Date(Date.now() + status.eta_s * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" }));
   }
   add(status.ended ? "This start took" : "This start", status.seconds === undefined ? "" : duration(status.seconds));
-  add("Cost so far", status.cost === undefined ? "" : status.cost.toFixed(2));
+  add(status.ended ? "Cost" : "Cost so far", status.cost === undefined ? "" : status.cost.toFixed(2));
   add("Cost at the end, about", status.cost_at_end === undefined ? "" : status.cost_at_end.toFixed(2));
   const risen = series.risen();
   const worse = risen ? `; risen from ${figure(risen[0])} to ${figure(risen[1])}: compare the samples` : "";

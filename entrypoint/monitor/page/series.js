@@ -1,5 +1,6 @@
 // The numbers of the run as the charts want them: what came at first, thinned, and every row since.
 const MOST_POINTS = 4000; // then neighbours are joined
+const FIRST = 20; // points
 const STRETCH = 30; // points at least
 const RISEN = 2.5; // times
 
@@ -64,7 +65,7 @@ export class Series {
       return null;
     }
     const steps = Math.max(STRETCH, Math.floor(losses.length / 4));
-    const [first, last] = [median(losses.slice(0, steps)), median(losses.slice(-steps))];
+    const [first, last] = [median(losses.slice(0, FIRST)), median(losses.slice(-steps))];
     return first > 0 && last >= RISEN * first ? [first, last] : null;
   }
 

@@ -11,7 +11,8 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-STRETCH = 30  # steps at least; else a quarter of those that were done
+FIRST = 20  # steps: a loss that rises does so early
+STRETCH = 30  # steps at the end, at least; else a quarter of those that were done
 RISEN = 2.5  # times
 ADVICE = (
     "It is probably getting worse: compare the samples. Fix: an earlier save, or a lower learning rate "
@@ -20,15 +21,15 @@ ADVICE = (
 
 
 class Risen(NamedTuple):
-    """The medians of the first and of the last `steps`."""
+    """The medians of the first FIRST steps, and of the last `steps`."""
 
     first: float
     last: float
     steps: int
 
     def __str__(self) -> str:
-        before = f"{self.first:.3g} (median of the first {self.steps} steps)"
-        return f"the loss has risen from {before} to {self.last:.3g} (of the last)"
+        before = f"{self.first:.3g} (median of the first {FIRST} steps)"
+        return f"the loss has risen from {before} to {self.last:.3g} (of the last {self.steps})"
 
 
 def risen(losses: Sequence[float]) -> Risen | None:
@@ -36,5 +37,5 @@ def risen(losses: Sequence[float]) -> Risen | None:
     if len(losses) < 2 * STRETCH:
         return None
     steps = max(STRETCH, len(losses) // 4)
-    found = Risen(statistics.median(losses[:steps]), statistics.median(losses[-steps:]), steps)
+    found = Risen(statistics.median(losses[:FIRST]), statistics.median(losses[-steps:]), steps)
     return found if found.first > 0 and found.last >= RISEN * found.first else None

@@ -57,7 +57,7 @@ def test_a_loss_that_has_risen_is_warned_of_once(tmp_path, caplog):
         metrics.step(Step(number, 1, 1, loss=loss, grad_norm=1.0), learning_rate=1e-4)
     metrics.close()
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == 1 and warnings[0].startswith("Step 60: the loss has risen from 0.5 (median of the first 30")
+    assert len(warnings) == 1 and warnings[0].startswith("Step 60: the loss has risen from 0.5 (median of the first 20")
     assert "PARAMS_D_COEF" in warnings[0] and metrics.risen() == (0.5, 1.5, 30)
 
 

@@ -9,7 +9,7 @@ from trainer.spec.messages.trend import STRETCH, risen
 def test_a_loss_that_is_far_higher_has_risen():
     assert risen([0.5] * STRETCH + [1.3] * STRETCH) == (0.5, 1.3, 30)
     assert risen([0.5] * 200 + [1.3] * 200) == (0.5, 1.3, 100)
-    said = "the loss has risen from 0.5 (median of the first 30 steps) to 1.3 (of the last)"
+    said = "the loss has risen from 0.5 (median of the first 20 steps) to 1.3 (of the last 30)"
     assert str(risen([0.5] * 30 + [1.3] * 30)) == said
 
 
