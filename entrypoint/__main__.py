@@ -113,6 +113,7 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
         logging.getLogger().removeHandler(report)
         with contextlib.suppress(BrokenPipeError):
             print(report.to_json(code), flush=True)  # noqa: T201
+        return code or streams.output_code()
     return code
 
 

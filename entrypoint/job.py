@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import logging
 import os
 import signal
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from entrypoint import bake
@@ -38,7 +39,7 @@ from entrypoint.system.raw_value import raw_value
 from entrypoint.trackers import beside as trackers
 from trainer.network import addresses
 from trainer.process import scratch, vitals
-from trainer.spec.errors import NoAcceleratorError, SettingsError
+from trainer.spec.errors import NoAcceleratorError, SettingsError, StorageError
 from trainer.spec.family import base_models
 from trainer.spec.plan import Plan
 from trainer.spec.rules import outlook
@@ -83,7 +84,7 @@ def job(
     alone = check or prefetch
     told = _whom_to_tell(settings) if place.is_first and not alone else None
     with (
-        scratch.folder(os.environ, settings.data.cache_path) as temporary,
+        _temporary(settings.data.cache_path) as temporary,
         notify.telling(told, environ) as ending,
         Nodes(
             cluster.Place() if alone else place, timeout_s=settings.engine.nodes_timeout, environment=environ
@@ -99,6 +100,20 @@ def job(
                 log.info("%s", said)
             _say_how_to_fetch(settings, environ)
         return code
+
+
+@contextlib.contextmanager
+def _temporary(cache: Path) -> Iterator[Path]:
+    """A folder for temporary files. Raises StorageError where none can be written."""
+    with contextlib.ExitStack() as stack:
+        try:
+            made = stack.enter_context(scratch.folder(os.environ, cache))
+        except OSError as problem:
+            raise StorageError(
+                f"Temporary files can be written nowhere: {problem.strerror or problem} in {cache} too (CACHE_PATH). "
+                "Fix: set TMPDIR to a folder with room that this user can write to, and look at the limits (ulimit -f)."
+            ) from problem
+        yield made
 
 
 def _place(settings: Settings, environ: Mapping[str, str], *, alone: bool) -> cluster.Place:
