@@ -11,8 +11,11 @@ from trainer.engine.load import place_denoiser
 from trainer.spec.family import get_family
 
 
-def model(name, precision, *, streamed=False, shards=None):
-    """A denoiser with adapters, and its weight streamer, if its weights wait on the host or in `shards`."""
+def model(name, precision, *, streamed=False, shards=None, fused=False):
+    """A denoiser with adapters, and its weight streamer, if its weights wait on the host or in `shards`.
+
+    `fused`: with our own forward passes of its blocks.
+    """
     kind = get_family(name)
     denoiser = kind.load_denoiser(miniature(name), device="cpu", dtype=torch.float32)
     options = {"fused": kind.FACTS.fused_targets, "targets": kind.FACTS.targets}
@@ -20,6 +23,7 @@ def model(name, precision, *, streamed=False, shards=None):
     through = place_denoiser(
         denoiser, kind.blocks(denoiser), precision=precision, dtype=torch.bfloat16, device="cpu", rank=4, **options,
         streamed=regions if streamed or shards else (), shards=shards,
+        forwards=kind.fused_forwards() if fused else None,
     )  # fmt: skip
     adapters.add_adapters(denoiser, kind.blocks(denoiser), **options, rank=4, alpha=4, seed=0)
     torch.manual_seed(2)

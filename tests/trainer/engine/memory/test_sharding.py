@@ -55,7 +55,7 @@ def together(folder, count, task):
         return [each.result() for each in running]
 
 
-def sharded_models(folder, count, name, precision):
+def sharded_models(folder, count, name, precision, *, fused=False):
     """Of each process: its denoiser and streamer. A model is made by one thread at a time, for the seeds are global."""
     kind = get_family(name)
     placing = threading.Lock()
@@ -66,7 +66,7 @@ def sharded_models(folder, count, name, precision):
                 pass
 
         with placing:
-            denoiser, streamer = model(name, precision, shards=Later(peers, "cpu"))
+            denoiser, streamer = model(name, precision, shards=Later(peers, "cpu"), fused=fused)
         Shards.connect(streamer.shards, streamer.slots[0])
         assert streamer.shards.gb_per_s > 0
         return kind.regions(denoiser), denoiser, streamer
@@ -74,8 +74,11 @@ def sharded_models(folder, count, name, precision):
     return together(folder, count, place)
 
 
-CASES = [
-    *(("flux", "fp8", policy) for policy in checkpointing.POLICIES),
+CASES = [  # fused: by our own forward passes of blocks
+    *(("flux", "fused", policy) for policy in checkpointing.POLICIES),
+    *((name, "fused", "none") for name in ("flux2", "sd3", "z_image", "qwen_image", "krea2")),
+    ("flux2", "fused", "products"),
+    ("flux", "fp8", "none"),
     *(("flux2", "bf16", policy) for policy in ("none", "attention")),
     ("sdxl", "bf16", "products"),
     ("sd3", "int8", "none"),
@@ -88,11 +91,15 @@ CASES = [
 @pytest.mark.parametrize(("name", "precision", "policy"), CASES)
 def test_a_step_has_the_same_bits_with_sharded_weights(tmp_path, name, precision, policy):
     """Each process runs as many passes as it likes, of what it likes."""
-    alone, _ = model(name, precision)
+    fused = precision == "fused"
+    precision = "fp8" if fused else precision
+    alone, _ = model(name, precision, fused=fused)
     regions = get_family(name).regions(alone)
     checkpointing.apply(regions, [policy] * len(regions), compiled=False)
     wanted = [step(name, alone, None, seed) for seed in (3, 4)]
-    for number, (own_regions, denoiser, streamer) in enumerate(sharded_models(tmp_path, 2, name, precision)):
+    for number, (own_regions, denoiser, streamer) in enumerate(
+        sharded_models(tmp_path, 2, name, precision, fused=fused)
+    ):
         engine = Engine(denoiser, own_regions, EnginePlan(recompute=policy, offload="shards"), streamer)
         for seed in range(3, 4 + number):
             with engine.forward_backward():
