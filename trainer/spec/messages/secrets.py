@@ -44,10 +44,10 @@ _LOGIN_INSIDE = re.compile(r"(?<=/)[^/\s:@]{1,100}:[^\s@]{1,200}@(?!sha\d+:)")
 # &token=... and the like, in what is no whole address, such as the line of a request.
 _PARAMETER = re.compile(r"""([?&][\w.%\[\]-]{1,64}=)[^\s&"'<>#;)]+""")
 _PARAMETER_NAMES = (
-    r"token|(?:access|auth|id|refresh|session)[_-]?token|sig|signature|passw(?:or)?d|pwd|secret|client_secret|"
+    r"token|(?:access|api|auth|hf|hub|id|refresh|session)[_-]?token|sig|signature|passw(?:or)?d|pwd|secret|client_secret|"
     r"api[_-]?key|x-amz-[\w-]+|x-goog-[\w-]+|policy|key-pair-id|awsaccesskeyid|googleaccessid"
 )
-_ASSIGNED = re.compile(rf"""(?i)((?<![\w-])(?:{_PARAMETER_NAMES})=)[^\s&"'<>#;,)]+""")
+_ASSIGNED = re.compile(rf"""(?i)((?<![\w-])(?:--)?(?:{_PARAMETER_NAMES})=)[^\s&"'<>#;,)]+""")
 _SECRET_PARAMETER = re.compile(rf"(?i){_PARAMETER_NAMES}|.*(token|secret|key|sig|auth|pass|cred|hash).*")
 # The beginnings that services give their tokens, by which people find them in logs: those stay. hf_hub_download, which
 # tracebacks name, is none.
