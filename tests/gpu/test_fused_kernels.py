@@ -172,20 +172,33 @@ FULL_WIDTH = {
         ("flux", "all+eager"),
         ("flux2", "products"),
         ("flux2", "all+eager"),
-    ],
+    ]
+    + [(name, way) for name in ("krea2", "qwen_image") for way in ("products", "all+eager", "none+eager+masked")],
 )
 def test_fused_blocks_give_adapters_gradients_as_good_as_diffusers_blocks_do(name, way, monkeypatch):
     monkeypatch.setitem(step.SMALL, name, FULL_WIDTH[name])
+    monkeypatch.delitem(step.SMALL_TEXT, name, raising=False)  # the text has its full width too
 
     def gradients(precision, way):
         bench = step.Bench(name, precision, small=True)
         bench.backward(bench.engine(set(way.split("+"))), 2)
         return [p.grad.flatten().double() for p in bench.params if p.grad is not None]
 
-    exact, plain, ours = gradients("bf16", "none+eager"), gradients("fp8", "none+eager+plain"), gradients("fp8", way)
+    mask = "+masked" if "masked" in way else ""
+    exact, plain = (gradients(*of) for of in (("bf16", f"none+eager{mask}"), ("fp8", f"none+eager+plain{mask}")))
+    ours = gradients("fp8", way)
     used = [i for i, g in enumerate(exact) if g.norm() > 0]
     off, wanted = (sorted(error(g[i], exact[i]) for i in used) for g in (ours, plain))
     for share in (0.5, 0.9):  # of adapters
         a, b = (errors[int(share * len(errors))] for errors in (off, wanted))
         print(name, way, share, a, "plain:", b)
         assert a < 1.15 * b < 0.4
+
+
+@pytest.mark.parametrize("name", ["krea2", "qwen_image", "z_image"])
+def test_a_step_of_captions_of_other_lengths_is_captured(name):
+    bench = step.Bench(name, "fp8", small=True)
+    engine = bench.engine({"none", "eager", "masked", "replay"})
+    for _ in range(2):
+        bench.backward(engine, 2)
+    assert bench.runner.capturing and len(bench.runner.captured) == 1

@@ -143,21 +143,17 @@ def rope_attention(
         return attention(q, k, v)
     # With one source, v is a view of the projection's output, which is kept anyway.
     outputs = (q, k, v) if len(sources) > 1 else (q, k)
-    with _recomputed(sources, cos_sin_TD, outputs):
+    with _recomputed(outputs):
         return attention(q, k, v)
 
 
-def _recomputed(
-    sources: list[Source], cos_sin_TD: CosSin, outputs: tuple[Tensor, ...]
-) -> contextlib.AbstractContextManager[Any]:
+def _recomputed(outputs: tuple[Tensor, ...]) -> contextlib.AbstractContextManager[Any]:
     """Inside, autograd saves none of the tensors `outputs`: the backward pass recomputes all when it wants the first.
 
     A checkpoint of the rotation alone would save nothing, because attention saves its inputs; one of both would run
     attention's forward pass twice.
     """
-    detached = []
-    for argument in _kernel_arguments(sources, cos_sin_TD):
-        detached.append(argument.detach() if isinstance(argument, Tensor) else argument)
+    rotation: Any = outputs[0].grad_fn  # of `_NormRope`; None without a gradient, and then nothing is saved
     # Attention may save views with other strides: a tensor is known by its address and size.
     known = {t.data_ptr(): (index, t.numel()) for index, t in enumerate(outputs)}
     recomputed: dict[int, Tensor] = {}
@@ -173,7 +169,8 @@ def _recomputed(
             return saved
         index, shape, stride = saved
         if index not in recomputed:
-            recomputed.update(enumerate(rotate(*detached)))
+            # What it has saved: weights that wait elsewhere (`memory.weight_streaming`) are fetched again.
+            recomputed.update(enumerate(rotate(*rotation.saved_tensors, rotation.eps)))
         return recomputed.pop(index).as_strided(shape, stride)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -1,10 +1,11 @@
-"""All files below a name in a bucket become a folder in the cache."""
+"""All files below a name in a bucket, or in a folder that Google Drive shares, become a folder in the cache."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import threading
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entrypoint.fetch import http
-from entrypoint.fetch.doors import buckets
+from entrypoint.fetch.doors import buckets, drive_folders, hub_buckets, shares
 from entrypoint.fetch.doors.keys import Keys
 from entrypoint.fetch.doors.offer import refusal
 from entrypoint.fetch.http import RetryPolicy
+from trainer.network import addresses
 from trainer.spec.errors import DataError, GatedError, UnreachableError
 from trainer.storage.folders import build_folder, completed, locked, read_json, storage_error, write_text
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     import httpx
 
 logger = logging.getLogger(__name__)
-Listed = tuple[str, int, str]  # a file's name, bytes and version
+Listed = tuple[str, int, str]  # a file's name, bytes (below 0: the list does not say) and version
 DATE = re.compile(r"\d{4}-\d\d-\d\dT")  # the beginning of a version that is no ETag
 PARALLEL_FILES = 8
 PATIENCE_S = 10.0  # for a silent service, where the folder is here
@@ -37,11 +39,15 @@ def listing(named: str, location: str, keys: Keys, *, retries: RetryPolicy) -> l
     """The files below a name; with none of them, DataError. Raises what `buckets.listed` raises."""
     found = sorted(http.persist(partial(_listed, named, location, keys), what=named, retries=retries))
     if not found:
-        raise DataError(f"{named}: there is no file of this name, and none below it. Check the path in the bucket.")
+        raise DataError(f"{named}: there is no file of this name, and none below it. Check the path.")
     return found
 
 
 def _listed(named: str, location: str, keys: Keys) -> list[Listed]:
+    if hub_buckets.is_one(location):
+        return list(hub_buckets.listed(named, hub_buckets.parse(named, location), keys.hub))
+    if drive_folders.is_one(location):
+        return list(drive_folders.listed(named, location))
     return list(buckets.listed(named, buckets.parse(named, location), keys.clouds))
 
 
@@ -92,6 +98,10 @@ def bring(named: str, location: str, keys: Keys, *, cache: Path, retries: RetryP
 
 
 def _identity(location: str, clouds: Mapping[str, str]) -> str:
+    if hub_buckets.is_one(location):
+        return f"{location} {addresses.hub_endpoint(os.environ)}"
+    if drive_folders.is_one(location):
+        return location
     return f"{location} {buckets.endpoint(buckets.parse(location, location).service, clouds)}".rstrip()
 
 
@@ -108,32 +118,34 @@ def _fill(
     """
     from trainer.network.client import open_client
 
-    place = buckets.parse(named, location)
+    requests = _Requests(named, location, keys, retries)
     cancelled = retries.cancelled or threading.Event()
-    progress = http.Progress(named, sum(size for _, size, _ in found))
+    progress = http.Progress(named, sum(max(0, size) for _, size, _ in found))
 
     def refuse(response: httpx.Response) -> None:
-        raise refusal(named, response, key=buckets.KEY_OF[place.service])
+        raise refusal(named, response, key=requests.key)
 
     def one(name: str, size: int, version: str) -> None:
-        url = buckets.signed(named, place.below(name), "GET", keys.clouds)
+        url, headers = requests.of(name, version)
         staged = _staged(staging, name, version)
         part = staged.with_suffix(".part")
-        stated = None if DATE.match(version) else version
-        job = http.Download(url, staged, part, f"{named}: {name}", size=size, version=stated)
+        stated = version if requests.states_versions and not DATE.match(version) else None
+        job = http.Download(
+            url, staged, part, f"{named}: {name}", headers, size=size if size >= 0 else None, version=stated
+        )
         http.download(client, job, retries=retries, refuse=refuse, progress=progress, cancelled=cancelled)
 
     with open_client(timeout=retries.timeout) as client:
         jobs = []
         for name, size, version in found:
             # Of an empty file there is nothing to ask for; some are the marks of empty folders.
-            if size > 0 and not _is_here(_staged(staging, name, version), size):
+            if size != 0 and not _is_here(_staged(staging, name, version), size):
                 jobs.append(partial(one, name, size, version))
         http.in_parallel(jobs, workers=PARALLEL_FILES, cancelled=cancelled)
     try:
         for name, size, version in found:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            if size > 0:
+            if size != 0:
                 _staged(staging, name, version).rename(target / name)
             else:
                 (target / name).touch()
@@ -142,12 +154,40 @@ def _fill(
     return {"files": len(found)}
 
 
+class _Requests:
+    """How the files below a name are asked for. `states_versions`: with the versions that the list has."""
+
+    def __init__(self, named: str, location: str, keys: Keys, retries: RetryPolicy) -> None:
+        self._named, self._keys, self._retries = named, keys, retries
+        self._hub: hub_buckets.HubPlace | None = None
+        self._place: buckets.Place | None = None
+        self.states_versions = False
+        if drive_folders.is_one(location):
+            self.key = shares.KEY
+        elif hub_buckets.is_one(location):
+            self._hub, self.key = hub_buckets.parse(named, location), hub_buckets.KEY
+        else:
+            self._place = buckets.parse(named, location)
+            self.key, self.states_versions = buckets.KEY_OF[self._place.service], True
+
+    def of(self, name: str, version: str) -> tuple[str, Mapping[str, str]]:
+        """The address and the headers for a file. Of one in Google Drive, its version is its number there."""
+        if self._hub is not None:
+            headers = {"Authorization": f"Bearer {self._keys.hub}"} if self._keys.hub else {}
+            return self._hub.below(name).address, headers
+        if self._place is None:
+            offer = shares.ask(f"{self._named}: {name}", drive_folders.link_of(version), retries=self._retries)
+            return offer.url, offer.headers
+        return buckets.signed(self._named, self._place.below(name), "GET", self._keys.clouds), {}
+
+
 def _staged(staging: Path, name: str, version: str) -> Path:
     return staging / f"{hashlib.sha256(json.dumps([name, version]).encode()).hexdigest()[:32]}.whole"
 
 
 def _is_here(path: Path, size: int) -> bool:
+    """Whether a file has come: it gets this name when it is whole."""
     try:
-        return path.stat().st_size == size
+        return path.stat().st_size == size or size < 0
     except OSError:
         return False

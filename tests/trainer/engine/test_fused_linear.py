@@ -226,16 +226,33 @@ def block(base="flux-dev"):
     family, denoiser = model(base)
     adapted(family, denoiser, precision="fp8", dtype=torch.bfloat16, forwards=family.fused_forwards())
     torch.manual_seed(4)
-    width = denoiser.inner_dim
+    width = denoiser.config.attention_head_dim * denoiser.config.num_attention_heads
     x, y = (torch.randn(2, n, width).bfloat16().requires_grad_() for n in (16, 6))
     cos_sin = torch.randn(22, 16), torch.randn(22, 16)
+    mask = torch.arange(6) < torch.tensor([[6], [4]])
+    if base == "krea2":
+        x = torch.randn(2, 22, width).bfloat16().requires_grad_()
+        mask = torch.cat([mask, mask.new_ones(2, 16)], 1)[:, None, None]
+        return denoiser.transformer_blocks[0], (x, torch.randn(2, 1, 6 * width).bfloat16(), cos_sin, mask)
+    if base == "qwen-image":
+        turns = tuple(torch.polar(torch.ones(n, 8), torch.randn(n, 8)) for n in (16, 6))
+        return denoiser.transformer_blocks[0], (x, y, mask, torch.randn(2, width).bfloat16(), turns)
     if base.startswith("flux2"):  # text and image are one sequence, and the modulation is there
         x = torch.randn(2, 22, width).bfloat16().requires_grad_()
         return denoiser.single_transformer_blocks[0], (x, None, torch.randn(2, 3 * width).bfloat16(), cos_sin)
     return denoiser.single_transformer_blocks[0], (x, y, torch.randn(2, width).bfloat16(), cos_sin)
 
 
-@pytest.mark.parametrize("base", ["flux-dev", "flux2-klein-4b"])
+def leaves_of(one, inputs):
+    """What of a block's inputs and of its own tensors has a gradient."""
+    given = [value for value in inputs if isinstance(value, torch.Tensor) and value.requires_grad]
+    return [*given, *(p for p in one.parameters() if p.requires_grad)]
+
+
+FAMILIES = ["flux-dev", "flux2-klein-4b", "krea2", "qwen-image"]
+
+
+@pytest.mark.parametrize("base", FAMILIES)
 @pytest.mark.parametrize("policy", checkpointing.POLICIES)
 def test_recomputing_changes_no_bit(policy, base):
     original, inputs = block(base)
@@ -243,10 +260,9 @@ def test_recomputing_changes_no_bit(policy, base):
     for name in ("none", policy):
         one = copy.deepcopy(original)
         checkpointing.apply([one], [name], compiled=False)
-        leaves = [*inputs[:2], *(p for p in one.parameters() if p.requires_grad)]
         outs = one(*inputs)
         outs = outs if isinstance(outs, tuple) else (outs,)
-        found.append([*outs, *gradients(outs, leaves)])
+        found.append([*outs, *gradients(outs, leaves_of(one, inputs))])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -283,15 +299,17 @@ def test_a_block_with_layers_that_cannot_be_fused_is_recomputed_entirely():
     assert not one.can_recompute_rope() and not one.recompute_rope and "forward" in one.__dict__
 
 
-def test_a_checkpointed_block_compiles_in_one_graph():
-    one, inputs = block()
-    leaves = [*inputs[:2], *(p for p in one.parameters() if p.requires_grad)]
+@pytest.mark.parametrize("base", FAMILIES)
+def test_a_checkpointed_block_compiles_in_one_graph(base):
+    one, inputs = block(base)
+    leaves = leaves_of(one, inputs)
     wanted = one(*inputs)
 
     def run(*given):
         return checkpoint(one, *given, use_reentrant=False)
 
     found = torch.compile(run, backend="aot_eager", fullgraph=True)(*inputs)
+    wanted, found = (outs if isinstance(outs, tuple) else (outs,) for outs in (wanted, found))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     for a, b in zip(gradients(found, leaves), gradients(wanted, leaves), strict=True):
         assert error(a, b) < 1e-3

@@ -251,13 +251,13 @@ def z_image(tokenizers: Tokenizers) -> Recipe:
 def flux2(tokenizers: Tokenizers) -> Recipe:
     """FLUX.2 klein: three hidden states of Qwen3 side by side, flow matching without embedded guidance."""
     (words,) = tokenizers
-    qwen = models.deep_qwen3(words, layers=flux2_family.TEXT_STATES[-1] + 1)
+    qwen = models.deep_qwen3(words, layers=flux2_family.QWEN3.states[-1] + 1)
     net = models.flux2_transformer()
 
     def texts(ids: Ids) -> Texts:
         attended = earlier_words(ids[0] != words.pad_token_id)
         states = qwen(input_ids=ids[0], attention_mask=attended, output_hidden_states=True)
-        return {"tokens": torch.cat([states.hidden_states[number] for number in flux2_family.TEXT_STATES], dim=-1)}
+        return {"tokens": torch.cat([states.hidden_states[number] for number in flux2_family.QWEN3.states], dim=-1)}
 
     def loss(latents_BCHW: torch.Tensor, texts: Texts) -> torch.Tensor:
         t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
