@@ -298,7 +298,8 @@ NO_TERMS = {
     **dict.fromkeys(("Job", "Uploader", "Times", "Identity"), "parts of one process"),
     **dict.fromkeys(("Background", "Scene", "Subject", "Thing", "Vessel"), "contents of the miniatures' drawings"),
     **dict.fromkeys(
-        ("Attempt", "MaskedAttention", "OneFrame", "Recipe", "Task", "Work"), "parts of the making of the miniatures"
+        ("Attempt", "MaskedAttention", "OneFrame", "Recipe", "Taught", "Task", "Work"),
+        "parts of the making of the miniatures",
     ),
 }
 
