@@ -74,14 +74,14 @@ CASES = {
     ),
     "flux2": Case(
         {"guidance_scale": 3.0, "num_inference_steps": 28},
-        learnt=0.4,
-        gain=0.3,
+        learnt=0.3,
+        gain=0.2,
         mutations=("the target's sign", "the time runs backwards"),
     ),
     "qwen_image": Case(
         {"true_cfg_scale": 3.0, "negative_prompt": "", "num_inference_steps": 28},
-        learnt=0.4,
-        gain=0.3,
+        learnt=0.3,
+        gain=0.2,
         mutations=("the target's sign", "the time runs backwards"),
     ),
     "krea2": Case(
@@ -133,6 +133,12 @@ def settings(name: str) -> dict[str, str]:
     }
 
 
+def for_diffusers(folder: Path) -> Path:
+    """The file that diffusers reads: of some families, the one that all programs read."""
+    own = folder / "x-diffusers.safetensors"
+    return own if own.exists() else folder / "x.safetensors"
+
+
 def number(name: str, lora: dict | None, tmp_path: Path, subject: str = KILNPOT) -> float:
     case = CASES[name]
     pipe = pipeline(name)
@@ -181,7 +187,7 @@ def each(*values):
 def test_the_concept_is_learnt_and_a_wrong_file_is_noticed(name, base, job, tmp_path):
     code, printed = job.run(**settings(name))
     assert code == 0, printed
-    lora = load_file(job.out / "x-diffusers.safetensors")
+    lora = load_file(for_diffusers(job.out))
     before, after = base(name), number(name, lora, tmp_path)
     control = number(name, None, tmp_path, CONTROL), number(name, lora, tmp_path, CONTROL)
     print(f"{name}: before {before:.3f}, after {after:.3f}; control {control[0]:.3f}, {control[1]:.3f}")
@@ -212,7 +218,7 @@ def test_a_wrong_training_does_not_learn_it(name, mutation, base, job, tmp_path)
     script += f"{lines}\nfrom trainer.__main__ import main\nsys.exit(main(sys.argv[1:]))"
     run = job.programs.run("-c", script, str(tmp_path / "plan.json"), environment=os.environ, timeout=900)
     assert run.returncode == 0, run.stderr
-    value = number(name, load_file(tmp_path / "mutant" / "x-diffusers.safetensors"), tmp_path)
+    value = number(name, load_file(for_diffusers(tmp_path / "mutant")), tmp_path)
     print(f"{name}, {mutation}: {value:.3f}")
     shutil.rmtree(tmp_path / "mutant")
     assert not learns(name, base(name), value), value
