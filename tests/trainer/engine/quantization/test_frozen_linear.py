@@ -114,25 +114,29 @@ def test_only_the_quantised_weight_is_stored(weight_format):
 
 
 AGREE = [
-    ("bf16", "bfloat16", 0.94, 0.995),
-    ("fp16", "float16", 0.99, 0.999),
-    ("fp8", "bfloat16", 0.94, 0.995),
-    ("fp8-storage", "bfloat16", 0.94, 0.99),
-    ("fp8-storage", "float16", 0.94, 0.995),
-    ("int8", "bfloat16", 0.94, 0.995),
-    ("int8", "float16", 0.94, 0.995),
-    ("nf4", "bfloat16", 0.4, 0.85),
-    ("torchao", "bfloat16", 0.85, 0.99),
+    ("bf16", "bfloat16", 0.99, 0.999),
+    ("fp16", "float16", 0.999, 0.9999),
+    ("fp8", "bfloat16", 0.95, 0.995),
+    ("fp8-storage", "bfloat16", 0.95, 0.995),
+    ("fp8-storage", "float16", 0.95, 0.995),
+    ("int8", "bfloat16", 0.98, 0.999),
+    ("int8", "float16", 0.98, 0.999),
+    ("nf4", "bfloat16", 0.7, 0.94),
+    ("torchao", "bfloat16", 0.95, 0.99),
 ]
 
 
 @pytest.mark.parametrize(("precision", "dtype", "least", "median"), AGREE)
-def test_gradients_of_a_miniature_point_where_those_of_full_precision_do(precision, dtype, least, median):
+def test_gradients_point_where_those_of_full_precision_do(precision, dtype, least, median):
     family = get_family("flux")
 
     def gradients(precision, dtype):
         torch.manual_seed(0)
         model = family.load_denoiser(MINIATURE, device="cpu", dtype=torch.float32)
+        torch.manual_seed(1)
+        for p in model.parameters():  # whatever the miniature was trained to
+            if p.ndim == 2:
+                torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
         options = {"fused": family.FACTS.fused_targets, "targets": family.FACTS.targets}
         place_denoiser(model, family.blocks(model), precision=precision, dtype=dtype, device="cpu", **options)
         adapters.add_adapters(model, family.blocks(model), **options, rank=4, alpha=4, seed=0)
