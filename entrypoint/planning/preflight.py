@@ -25,7 +25,7 @@ from entrypoint.fetch.hub_dataset import hub_choice
 from entrypoint.planning import captioner, single_files
 from entrypoint.settings.checks import nearest_existing, raise_together
 from trainer.base_model import model_folder, weight_kinds, without_weights
-from trainer.data.folder_listing import list_folder
+from trainer.data.folder_listing import SHARD, Folder, list_folder
 from trainer.data.folders import formats
 from trainer.data.folders.own_output import Written
 from trainer.spec import memory_model
@@ -269,7 +269,7 @@ def _check_source(
         space.add("CACHE_PATH", "class images", count * TYPICAL_IMAGE_BYTES)
     elif source.kind == "folder":
         folder = list_folder(Subset(replace(source, path=str(fetch.local_folder(source)))), Written(space.places))
-        count = len(folder.images)
+        count = len(folder.images) or _images_in_shards(folder)
         if not count:
             names = [printable(name) for name in folder.all_names()]
             raise DataError(f"{fetch.named(source)}: {_without_images(source, names)}")
@@ -287,6 +287,12 @@ def _check_source(
         space.add("CACHE_PATH", "unpacked archives", size * UNPACKED_BYTES_PER_ARCHIVE_BYTE)
         count = size // TYPICAL_IMAGE_BYTES
     space.add("CACHE_PATH", "encoded images", count * cache_bytes)
+
+
+def _images_in_shards(folder: Folder) -> int:
+    """About how many: those of a folder that holds shards alone."""
+    total = sum((folder.root / name).stat().st_size for name in folder.shards)
+    return -(-total // TYPICAL_IMAGE_BYTES)
 
 
 def _without_images(source: Source, names: list[str]) -> str:
@@ -338,12 +344,15 @@ def _check_bucket(source: Source, space: NeededSpace, keys: Keys, *, retries: Re
         return 0
     names = [name for name, _, _ in found]
     images = [name for name in names if name.lower().endswith(tuple(formats.READABLE_SUFFIXES))]
-    if not images:
-        raise DataError(f"{named}: {formats.why_none(names)}")
     size = sum(size for _, size, _ in found)
+    count = len(images)
+    if not images and any(name.lower().endswith(SHARD) for name in names):
+        count = -(-size // TYPICAL_IMAGE_BYTES)
+    if not count:
+        raise DataError(f"{named}: {formats.why_none(names)}")
     logger.info("To fetch: %s, %d files, %s.", named, len(found), human_size(size))
     space.add("CACHE_PATH", "the files of the bucket", size)
-    return len(images)
+    return count
 
 
 def _check_url(source: Source, space: NeededSpace, keys: Keys, *, retries: RetryPolicy) -> int:

@@ -268,7 +268,7 @@ def _render(variant: Variant) -> Pixels | str:
     """The pixels and the mask of a view, or why there are none."""
     image, view = variant
     try:
-        return render(image.file, view, sha256=image.sha256), render_mask(image, view)
+        return render(image, view), render_mask(image, view)
     except UnusableImageError as problem:
         return str(problem)
 
