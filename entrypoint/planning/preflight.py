@@ -32,8 +32,8 @@ from trainer.spec import memory_model
 from trainer.spec.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
 from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import AUTO, ModelPlan, Plan, Source, Subset
+from trainer.spec.rules.cache_size import LEAST_BYTES, bytes_per_image
 from trainer.spec.values import printable, some
-from trainer.spec.weight_formats import PRECISIONS
 from trainer.storage.atomic import human_size, storage_error
 from trainer.storage.json_files import LONGEST_NAME_BYTES
 from trainer.storage.read import files_below
@@ -43,15 +43,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Estimates, for the largest of the families.
-LATENT_BYTES_PER_PIXEL = 2  # mean and deviation of 16 channels in float32 for 8 × 8 pixels: 2 * 16 * 4 / 64
-VALUES_PER_TOKEN = 4096  # width of T5-XXL's output
-MIN_TOKENS = 77  # CLIP's
+# Estimates.
 TYPICAL_IMAGE_BYTES = 500_000
 LORA_BYTES_PER_RANK = 0.0005  # bytes of a float32 LoRA of rank 1 for each byte of the base model's weights
 STATE_BYTES_PER_LORA_BYTE = 5  # a state has the adapter and up to four optimiser tensors of its size
 AUTOMATIC_CHECKPOINTS = 2  # with their states, that KEEP_CHECKPOINTS=auto needs at least
 UNPACKED_BYTES_PER_ARCHIVE_BYTE = 1.1  # images are compressed already, so that archives hardly shrink them
+ENCODED = "encoded images"
 LOGGED_FILE_MIN_BYTES = 100 * 2**20  # larger files of a model are named in the log before they are fetched
 
 
@@ -115,25 +113,17 @@ def preflight(
         if variable != "HF_HOME" or space.parts["HF_HOME"]:
             attempt(partial(_check_writable, variable, places[variable]))
     if not any(isinstance(p, StorageError) for p in problems):
-        problems += _full_volumes(space, all_known=not problems)
+        problems += _full_volumes(space, all_known=not problems, rolls=plan.engine.nodes == 1)
     raise_together(problems)
     return bool(space.parts["HF_HOME"])
 
 
 def _cache_bytes_per_image(plan: Plan) -> dict[Source, int]:
     """Every source once, with the bytes that each of its images takes in the cache, its captions included."""
-    footprint = base_models()[plan.model.base][1].footprint
-    bytes_per_value = 4 if PRECISIONS[plan.engine.precision].dtype == "float32" else 2
-    caption_bytes = 0  # of a miniature, which has no footprint and small tokens
-    if footprint:
-        usual_values = max(footprint.text_tokens, MIN_TOKENS) * VALUES_PER_TOKEN
-        caption_bytes = (footprint.caption_values or usual_values) * bytes_per_value
     sizes: dict[Source, int] = defaultdict(int)
     for dataset in plan.data.datasets:
-        width, height = dataset.resolution
-        latent_bytes = width * height * LATENT_BYTES_PER_PIXEL
         for subset in dataset.subsets:
-            sizes[subset.source] += latent_bytes * subset.image_variants + caption_bytes * subset.caption_variants
+            sizes[subset.source] += bytes_per_image(plan, dataset, subset)
     return sizes
 
 
@@ -286,7 +276,7 @@ def _check_source(
         size = path.stat().st_size
         space.add("CACHE_PATH", "unpacked archives", size * UNPACKED_BYTES_PER_ARCHIVE_BYTE)
         count = size // TYPICAL_IMAGE_BYTES
-    space.add("CACHE_PATH", "encoded images", count * cache_bytes)
+    space.add("CACHE_PATH", ENCODED, count * cache_bytes)
 
 
 def _images_in_shards(folder: Folder) -> int:
@@ -394,11 +384,12 @@ def _check_writable(variable: str, place: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def _full_volumes(space: NeededSpace, *, all_known: bool) -> list[KilnError]:
+def _full_volumes(space: NeededSpace, *, all_known: bool, rolls: bool) -> list[KilnError]:
     """One error for each file system without enough free space, with both numbers and what they are made of.
 
     Places on one file system share its space, so their needs are added up. `all_known`: False where a model or a
-    dataset could not be asked for its size, so that the log must not say that little is needed.
+    dataset could not be asked for its size, so that the log must not say that little is needed. `rolls`: images can be
+    encoded part by part, so that the cache needs not hold all.
     """
     about = "about %s needed" if all_known else "at least %s needed, and what could not be looked up"
     text = f"Room on the volume of %s: {about}, %s free."
@@ -415,7 +406,11 @@ def _full_volumes(space: NeededSpace, *, all_known: bool) -> list[KilnError]:
         free = shutil.disk_usage(place).free
         needed = sum(parts.values())
         logger.info(text, place, human_size(needed), human_size(free))
-        if needed > free:
+        encoded = parts.get(ENCODED, 0)
+        if rolls and encoded and needed > free >= needed - encoded + min(encoded, LEAST_BYTES):
+            said = "Not all encoded images (%s) fit there beside the rest: the job encodes them part by part."
+            logger.info(said, human_size(encoded))
+        elif needed > free:
             made_of = ", ".join(f"{what}: {human_size(size)}" for what, size in parts.items())
             errors.append(
                 StorageError(

@@ -87,6 +87,14 @@ class Cache:
         for packs in self._packs.values():
             packs.refresh()
 
+    def reopen(self) -> None:
+        """Forget the packs that were known: others are there now, or none."""
+        self.__dict__.pop("_packs", None)
+
+    def knows(self, path: Path) -> bool:
+        """As `has`, without reading the item."""
+        return self._packed(path) is not None or is_regular(path)
+
     def _found(self, path: Path) -> PackedItem | None:
         """`_packed`, also if another process has written it meanwhile."""
         packed = self._packed(path)

@@ -20,7 +20,7 @@ from tests.support.recordings import planned
 from trainer.data.order.variants import Example
 from trainer.data.render import render, render_mask
 from trainer.data.scan import scan
-from trainer.job.prepare import make_sampler
+from trainer.job.rolling.rolling_cache import make_sampler
 
 TAGS = {"a": "one, two, three", "b": "one, two, four", "c": "one, two, five"}
 
