@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entrypoint.fetch import archive, fetch, flash_attention, http, hub, local_weights, training_adapter
+from entrypoint.fetch import archive, fetch, flash_attention, http, hub, local_weights, streams, training_adapter
 from entrypoint.fetch.doors import folders
 from entrypoint.fetch.doors.keys import NO_KEYS, Keys
 from entrypoint.fetch.http import RetryPolicy
@@ -58,6 +58,7 @@ class NeededSpace:
     """Bytes that the job will write, by the variable that names the place."""
 
     places: dict[str, Path]
+    most: int | None = None  # MAX_CACHE_GIB in bytes
     parts: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))  # variable → what → bytes
 
     def add(self, variable: str, what: str, size: float) -> None:
@@ -82,7 +83,7 @@ def preflight(
     DataError, StorageError or UnreachableError, the first of these that applies.
     """
     places = {"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": Path(plan.output.cache), "HF_HOME": hub_cache}
-    space = NeededSpace(places)
+    space = NeededSpace(places, plan.output.max_cache_bytes)
     problems: list[KilnError] = []
 
     def attempt(check: Callable[[], None]) -> None:
@@ -332,6 +333,7 @@ def _check_bucket(source: Source, space: NeededSpace, keys: Keys, *, retries: Re
     _, found = folders.missing(named, source.location, keys, cache=space.places["CACHE_PATH"], retries=retries)
     if not found:
         return 0
+    is_stream = streams.are_needed(found, space.places["CACHE_PATH"], most=space.most)
     names = [name for name, _, _ in found]
     images = [name for name in names if name.lower().endswith(tuple(formats.READABLE_SUFFIXES))]
     size = sum(size for _, size, _ in found)
@@ -340,6 +342,9 @@ def _check_bucket(source: Source, space: NeededSpace, keys: Keys, *, retries: Re
         count = -(-size // TYPICAL_IMAGE_BYTES)
     if not count:
         raise DataError(f"{named}: {formats.why_none(names)}")
+    if is_stream:
+        logger.info("To stream: %s, %d files, %s.", named, len(found), human_size(size))
+        return count
     logger.info("To fetch: %s, %d files, %s.", named, len(found), human_size(size))
     space.add("CACHE_PATH", "the files of the bucket", size)
     return count

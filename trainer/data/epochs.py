@@ -17,6 +17,7 @@ import random
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from trainer.data import captions
@@ -199,6 +200,10 @@ class EpochSampler:
         for batch in self.validation():
             for example in batch:
                 yield example.image, example.view
+
+    def files(self, window: int) -> list[Path]:
+        """The files of the images of a window, each once: shards among them."""
+        return list(dict.fromkeys(self._training[self._places[place]].file for place in self._used(window)))
 
     def count_views(self, window: int | None = None) -> int:
         """How many `all_image_variants` gives, at most."""

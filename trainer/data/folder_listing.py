@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from trainer.data.folders import formats, leftovers, own_output
 from trainer.data.folders.own_output import Written
+from trainer.data.shards.stream import ShardStream
 from trainer.spec.errors import DataError
 from trainer.spec.plan import Subset
 from trainer.spec.values import printable
@@ -103,6 +104,8 @@ def list_folder(subset: Subset, written: Written | None = None) -> Folder:
     """
     written = written or Written()
     root = Path(subset.source.path)
+    if stream := ShardStream.of(root):
+        return Folder(stream.root, others=stream.names())
     if not root.is_dir():
         raise DataError(f"image_dir {printable(subset.source.location)}: {printable(str(root))} is not a folder.")
     inside = written.holds_output(os.path.realpath(root))

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from trainer.data import decode
 from trainer.data.buckets import fit
@@ -32,7 +32,9 @@ from trainer.data.folders.own_output import Written
 from trainer.data.hygiene.remarks import remarks
 from trainer.data.records import WARNING, ImageRecord, Scan, Skipped
 from trainer.data.shards import listing as shards
+from trainer.data.shards import streamed
 from trainer.data.shards.listing import ListedShards
+from trainer.data.shards.stream import ShardStream
 from trainer.process import memory_kills
 from trainer.process.pool import KilledWorkerError, in_processes
 from trainer.spec.errors import UnreachableError
@@ -44,6 +46,7 @@ from trainer.storage.read import read_regular
 # conversions and codecs need some copies of it. A hostile file then fails here, and does not get the job killed.
 WORKER_MEMORY_BYTES = 4 << 30
 MAX_CPU_WORKERS = 16
+SHARDS_AHEAD = 2  # for each process, of shards that come while others are read
 
 TOO_SMALL = "smaller than one step of bucket_reso_steps, and bucket_no_upscale forbids enlarging it"
 NO_MASK = "no mask of the same stem in conditioning_data_dir"
@@ -202,8 +205,17 @@ def _read_shards(
     listing: _Listing, files: Files, examined: Examined, *, cpu_workers: int, progress: Progress | None
 ) -> None:
     """Put what the shards of a subset hold in the place of its files; each shard is read by one process."""
-    tasks = shards.tasks(listing.subset_plan, listing.folder)
-    tables = _in_workers(shards.read, tasks, lambda task: str(task.shard), cpu_workers=cpu_workers, progress=progress)
+    common: dict[str, Any] = {"cpu_workers": cpu_workers, "progress": progress}
+    if stream := ShardStream.of(Path(listing.subset_plan.source.path)):
+        tables = streamed.tables(
+            stream,
+            shards.asked(listing.subset_plan),
+            lambda tasks: _in_workers(streamed.read_streamed, tasks, lambda task: task.name, **common),
+            ahead=SHARDS_AHEAD * max(1, cpu_workers),
+        )
+    else:
+        tasks = shards.tasks(listing.subset_plan, listing.folder)
+        tables = _in_workers(shards.read, tasks, lambda task: str(task.shard), **common)
     listing.listed = shards.add_tables(listing.subset_plan, listing.folder, tables, files, examined)
     listing.folder = listing.listed.folder
 

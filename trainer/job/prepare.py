@@ -21,7 +21,7 @@ from trainer.data.epochs import EpochSampler
 from trainer.data.folders.own_output import Written
 from trainer.data.records import WARNING, Scan
 from trainer.data.report import write_cuts, write_report
-from trainer.data.scan import cpu_workers, scan
+from trainer.data.scan import Progress, cpu_workers, scan
 from trainer.job.reporting.dataset_view import write_dataset_view
 from trainer.job.reporting.status import Status
 from trainer.job.rolling import rolling_cache
@@ -97,7 +97,12 @@ def find_run(plan: Plan, *, status: Status, check_in: Callable[[], None]) -> tup
         )
 
     scanned = scan_and_report(
-        plan.data, report=report_place, seed=plan.train.seed, written=written, captioned=captioned
+        plan.data,
+        report=report_place,
+        seed=plan.train.seed,
+        written=written,
+        captioned=captioned,
+        progress=lambda *_: check_in(),
     )
     return opened[0], scanned
 
@@ -184,14 +189,16 @@ def scan_and_report(
     seed: int = 0,
     written: Written | None = None,
     captioned: Callable[[Scan], Scan] | None = None,
+    progress: Progress | None = None,
 ) -> Scan:
     """The usable images; logs a summary, and writes the whole list to `report` and to a .csv file beside it.
 
     `seed` is the run's, for the captions of the report. `written`: the folders that this job writes to, which are no
-    sources. `captioned`: adds the captions that a model makes, to a dataset that can be used. Raises DataError.
+    sources. `captioned`: adds the captions that a model makes, to a dataset that can be used. `progress`: see `scan`.
+    Raises DataError.
     """
     started = time.monotonic()
-    scanned = scan(data, cpu_workers=cpu_workers(), written=written)
+    scanned = scan(data, cpu_workers=cpu_workers(), progress=progress, written=written)
     taken = time.monotonic() - started
     if captioned is not None and scanned.is_usable(strict=data.strict):
         scanned = captioned(scanned)

@@ -209,7 +209,9 @@ def _encode(
     workers.wait_for_all(check_in)  # another machine may have to read its images first
     share = workers.share_cache(with_first)
     if plan.output.window_bytes:
-        rolling = RollingCache(plan, data.sampler, data.cache, workers, data.steps_per_epoch, check_in, share)
+        rolling = RollingCache(
+            plan, data.sampler, data.cache, workers, data.steps_per_epoch, data.total, check_in, share
+        )
         rolling.bring(min(first, data.total - 1))
         return rolling
     fill(plan, data.sampler, data.cache, check_in=check_in, share=share)

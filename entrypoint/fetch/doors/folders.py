@@ -9,7 +9,7 @@ import re
 import shutil
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -73,15 +73,25 @@ def missing(named: str, location: str, keys: Keys, *, cache: Path, retries: Retr
     return folder, [] if completed(folder) is not None else found
 
 
-def bring(named: str, location: str, keys: Keys, *, cache: Path, retries: RetryPolicy) -> Path:
+def bring(
+    named: str,
+    location: str,
+    keys: Keys,
+    *,
+    cache: Path,
+    retries: RetryPolicy,
+    stream: Callable[[list[Listed]], Path | None] = lambda _: None,
+) -> Path:
     """The folder with the files, downloaded unless the same ones are here.
 
-    Each file that has come stays where a job is stopped. Raises DataError, GatedError, SettingsError, UnreachableError,
-    StorageError.
+    `stream`: gives the folder for files that are not to be downloaded now; None: they are. Each file that has come
+    stays where a job is stopped. Raises DataError, GatedError, SettingsError, UnreachableError, StorageError.
     """
     place = _place(location, cache, keys.clouds)
     with locked(place / "lock") as has_lock:
         folder, found = missing(named, location, keys, cache=cache, retries=retries)
+        if found and (streamed := stream(found)):
+            return streamed
         if found:
             # Without locks, another job may be at work on files of the same names.
             staging = place / ("files" if has_lock else f"files-{uuid.uuid4().hex[:8]}")
@@ -108,27 +118,21 @@ def _fill(
     """
     from trainer.network.client import open_client
 
-    place = buckets.parse(named, location)
     cancelled = retries.cancelled or threading.Event()
     progress = http.Progress(named, sum(size for _, size, _ in found))
+    policy = replace(retries, cancelled=cancelled)
 
-    def refuse(response: httpx.Response) -> None:
-        raise refusal(named, response, key=buckets.KEY_OF[place.service])
-
-    def one(name: str, size: int, version: str) -> None:
-        url = buckets.signed(named, place.below(name), "GET", keys.clouds)
-        staged = _staged(staging, name, version)
+    def one(row: Listed) -> None:
+        staged = _staged(staging, row[0], row[2])
         part = staged.with_suffix(".part")
-        stated = None if DATE.match(version) else version
-        job = http.Download(url, staged, part, f"{named}: {name}", size=size, version=stated)
-        http.download(client, job, retries=retries, refuse=refuse, progress=progress, cancelled=cancelled)
+        bring_one(client, location, row, keys, named=named, path=staged, part=part, retries=policy, progress=progress)
 
     with open_client(timeout=retries.timeout) as client:
         jobs = []
         for name, size, version in found:
             # Of an empty file there is nothing to ask for; some are the marks of empty folders.
             if size > 0 and not _is_here(_staged(staging, name, version), size):
-                jobs.append(partial(one, name, size, version))
+                jobs.append(partial(one, (name, size, version)))
         http.in_parallel(jobs, workers=PARALLEL_FILES, cancelled=cancelled)
     try:
         for name, size, version in found:
@@ -140,6 +144,32 @@ def _fill(
     except OSError as problem:
         raise storage_error(problem, target) from problem
     return {"files": len(found)}
+
+
+def bring_one(
+    client: httpx.Client,
+    location: str,
+    row: Listed,
+    keys: Keys,
+    *,
+    named: str,
+    path: Path,
+    part: Path,
+    retries: RetryPolicy,
+    progress: http.Progress | None = None,
+) -> None:
+    """Download one file below a name in a bucket to `path`. Raises what `http.download` raises, and refusals."""
+    name, size, version = row
+    place = buckets.parse(named, location)
+
+    def refuse(response: httpx.Response) -> None:
+        raise refusal(named, response, key=buckets.KEY_OF[place.service])
+
+    url = buckets.signed(named, place.below(name), "GET", keys.clouds)
+    stated = None if DATE.match(version) else version
+    what = named if named.endswith(name) else f"{named}: {name}"
+    job = http.Download(url, path, part, what, size=size, version=stated)
+    http.download(client, job, retries=retries, refuse=refuse, progress=progress)
 
 
 def _staged(staging: Path, name: str, version: str) -> Path:

@@ -80,7 +80,7 @@ class DataSettings:
     max_cache_gib: float | None = row(
         "MAX_CACHE_GIB",
         "number",
-        meaning="GiB of encoded images at a time; what is more is encoded part by part while the job trains",
+        meaning="GiB of encoded images, and of shards from a bucket, at a time; more come and go while the job trains",
         above=0,
         high=1_000_000,
         if_unset="what is free at CACHE_PATH",

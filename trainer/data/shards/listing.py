@@ -59,8 +59,8 @@ def check(subset: Subset, folder: Folder) -> None:
             "read where it lies in a shard, which compression hides. Fix: make them .tar (images are compressed "
             "already), or name an archive itself, which is then unpacked."
         )
-    asked = {"conditioning_data_dir": subset.conditioning_data_dir, "metadata_file": subset.metadata_file}
-    for key, value in asked.items():
+    cannot_be = {"conditioning_data_dir": subset.conditioning_data_dir, "metadata_file": subset.metadata_file}
+    for key, value in cannot_be.items():
         if value is not None:
             raise DataError(
                 f"{key}={printable(value)}: {printable(subset.source.public)} holds shards (.tar), whose captions are "
@@ -68,9 +68,12 @@ def check(subset: Subset, folder: Folder) -> None:
             )
 
 
+def asked(subset: Subset) -> AskedCaptions:
+    return AskedCaptions(subset.caption_extension, subset.source.caption_column)
+
+
 def tasks(subset: Subset, folder: Folder) -> list[ShardTask]:
-    asked = AskedCaptions(subset.caption_extension, subset.source.caption_column)
-    return [ShardTask(folder.root / name, asked) for name in folder.shards]
+    return [ShardTask(folder.root / name, asked(subset)) for name in folder.shards]
 
 
 def add_tables(

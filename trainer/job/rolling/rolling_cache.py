@@ -19,7 +19,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,9 @@ from trainer.data.epochs import EpochSampler
 from trainer.data.order.epoch import Span
 from trainer.data.order.windows import assign
 from trainer.data.records import ImageRecord, Scan
+from trainer.data.shards.stream import ShardStream
 from trainer.engine.device import release
+from trainer.spec.errors import DataError, GatedError, SettingsError, UnreachableError
 from trainer.spec.family import get_family
 from trainer.spec.plan import EnginePlan, Plan
 from trainer.spec.rules.cache_size import LEAST_BYTES, bytes_per_image
@@ -55,7 +57,7 @@ def with_windows(plan: Plan, sampler: EpochSampler, scanned: Scan, cache: Cache,
     `sampler`: without windows.
     """
     chosen = record.values.get(KEY)
-    if not isinstance(chosen, int) or chosen < 0:
+    if not isinstance(chosen, int) or chosen < 0 or (chosen == 0 and streams_of(plan)):
         chosen = _window_bytes(plan, sampler, scanned, cache)
         record.update({KEY: chosen})
     return dataclasses.replace(plan, output=dataclasses.replace(plan.output, window_bytes=chosen))
@@ -69,9 +71,10 @@ def _window_bytes(plan: Plan, sampler: EpochSampler, scanned: Scan, cache: Cache
     size = size_of(plan)
     needed = sum(map(size, scanned.images))
     room = int(shutil.disk_usage(_existing(Path(plan.output.cache))).free * USED_SHARE) if limit is None else limit
-    if needed <= room:
+    is_stream = bool(streams_of(plan))
+    if needed <= room and not is_stream:
         return 0
-    if limit is None and _missing_share(sampler, cache) * needed <= room:
+    if limit is None and not is_stream and _missing_share(sampler, cache) * needed <= room:
         return 0  # most of it is there
     room = max(room, 1 if limit is not None else LEAST_BYTES)
     log.info(
@@ -96,20 +99,43 @@ def _missing_share(sampler: EpochSampler, cache: Cache) -> float:
     return missing / max(total, 1)
 
 
+def streams_of(plan: Plan) -> list[ShardStream]:
+    """Those of the sources whose shards do not all fit the volume."""
+    found = {subset.source.path: ShardStream.of(Path(subset.source.path)) for subset in plan.data.subsets}
+    return [stream for stream in found.values() if stream is not None]
+
+
 def size_of(plan: Plan) -> Callable[[ImageRecord], int]:
-    """The bytes of an image in the cache, about."""
+    """The bytes of an image in the cache, about; of one in a shard from elsewhere, with its own bytes."""
     sizes = {}
     for d, dataset in enumerate(plan.data.datasets):
         for s, subset in enumerate(dataset.subsets):
             sizes[d, s] = bytes_per_image(plan, dataset, subset)
-    return lambda image: sizes[image.dataset, image.subset]
+
+    def size(image: ImageRecord) -> int:
+        fetched = image.span[1] if _is_fetched(plan, image) and image.span else 0
+        return sizes[image.dataset, image.subset] + fetched
+
+    return size
+
+
+def unit_of(plan: Plan) -> Callable[[ImageRecord], Hashable]:
+    """What an image comes with: the shards of a bucket come whole, whether all of them fit or not."""
+    return lambda image: str(image.file) if _is_fetched(plan, image) else image.key
+
+
+def _is_fetched(plan: Plan, image: ImageRecord) -> bool:
+    source = plan.data.datasets[image.dataset].subsets[image.subset].source
+    return image.span is not None and source.kind != "folder"
 
 
 def make_sampler(plan: Plan, scanned: Scan) -> EpochSampler:
     """The order in which the images are seen: the same for every process and after every restart."""
     windows = None
     if plan.output.window_bytes:
-        windows = partial(assign, size=size_of(plan), budget=plan.output.window_bytes, seed=plan.train.seed, unit=None)
+        windows = partial(
+            assign, size=size_of(plan), budget=plan.output.window_bytes, seed=plan.train.seed, unit=unit_of(plan)
+        )
     return EpochSampler(
         scanned.images,
         plan.data,
@@ -160,27 +186,70 @@ class RollingCache:
     cache: Cache
     workers: Workers
     steps_per_epoch: int
+    total: int
     check_in: Callable[[], None]
     share: Share = field(default_factory=Share)
     make_room: Callable[[], None] = release  # on the device, for the encoders
     _held: int | None = None  # the window in the cache, once it is known to be whole
 
+    def __post_init__(self) -> None:
+        self._streams = streams_of(self.plan)
+
     def bring(self, step: int) -> Span:
         """Let the cache hold what the step after `step` needs; returns the part of the epoch that it holds then."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        per_step = self.plan.train.gradient_accumulation * self.workers.size
-        span = self.sampler.epoch(epoch).span(index, per_step)
+        span = self._span(step)
         if self._held == span.window:
             return span
         if not self._is_whole(span.window):
             self._encode(span.window)
         self.cache.reopen()
         self._held = span.window
+        if self.workers.is_first and self._streams:
+            self._want(self._upcoming(step, span))
         return span
+
+    def _span(self, step: int) -> Span:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        per_step = self.plan.train.gradient_accumulation * self.workers.size
+        return self.sampler.epoch(epoch).span(index, per_step)
+
+    def _upcoming(self, step: int, span: Span) -> int | None:
+        """The window that follows."""
+        window = span.window
+        while step < self.total:
+            if span.window != window:
+                return span.window
+            step += span.steps.stop - step % self.steps_per_epoch
+            if step < self.total:
+                span = self._span(step)
+        return None
+
+    def _want(self, window: int | None) -> None:
+        """Let the shards of a window come, and the others go."""
+        files = self.sampler.files(window) if window is not None else []
+        for stream in self._streams:
+            stream.want(self._names(stream, files))
+
+    def _names(self, stream: ShardStream, files: list[Path]) -> list[str]:
+        return [path.relative_to(stream.root).as_posix() for path in files if path.is_relative_to(stream.root)]
+
+    def _wait(self, window: int) -> None:
+        """Raises UnreachableError, StorageError where a shard could not be brought."""
+        files = self.sampler.files(window)
+        for stream in self._streams:
+            for name in self._names(stream, files):
+                try:
+                    stream.wait(name, self.check_in)
+                except (DataError, GatedError, SettingsError) as problem:
+                    raise UnreachableError(
+                        f"{problem} It was there when the job read its images. Put it back as it was, and start again: "
+                        "the job goes on from its last save."
+                    ) from problem
 
     def close(self) -> None:
         """Delete what the last window has left; the run is over."""
         if self.workers.is_first:
+            self._want(None)
             shutil.rmtree(self.cache.folder, ignore_errors=True)
 
     def _is_whole(self, window: int) -> bool:
@@ -196,7 +265,10 @@ class RollingCache:
         self.make_room()
         if self.workers.is_first:
             shutil.rmtree(self.cache.folder, ignore_errors=True)
+            self._want(window)
         self.workers.wait_for_all(self.check_in)
+        if self._streams:
+            self._wait(window)
         self.cache.reopen()
         fill(
             self.plan, self.sampler, self.cache, window=window,
