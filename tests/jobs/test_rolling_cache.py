@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import signal
 
+import pytest
+
 from tests.support import shards
 
 # Miniatures are taken for 2 bytes a pixel: 8 KiB each at 64 × 64. So three or four images are a window.
@@ -47,3 +49,16 @@ def test_a_run_stopped_in_the_midst_of_a_window_ends_as_one_that_was_not(job, tm
     assert code == 0, printed
     assert f"Resumed at step {step} of 20." in printed
     assert sha(tmp_path / "stopped" / "x.safetensors") == sha(tmp_path / "whole" / "x.safetensors")
+
+
+def test_two_processes_go_through_the_windows_as_one_does(job, tmp_path):
+    shards.make(tmp_path / "shards", 2, 5)
+    exact = {"PARAMS_PRECISION": "fp32", "PARAMS_COMPILE": "false", "PARAMS_MAX_STEPS": "6", "BACKEND": "cpu"}
+    losses = {}
+    for name, changes in (("two", {"NUM_GPUS": "2"}), ("one", {"PARAMS_GRADIENT_ACCUMULATION": "2"})):
+        asked = settings(job, tmp_path, name, **exact, **changes)
+        job.environment["OUTPUT_PATH"] = asked["OUTPUT_PATH"]
+        code, printed = job.run(**asked)
+        assert code == 0 and "goes through 4 windows" in printed, printed
+        losses[name] = [row["loss"] for row in job.metrics() if "loss" in row]
+    assert len(losses["one"]) == 6 and losses["two"] == pytest.approx(losses["one"], rel=1e-4)

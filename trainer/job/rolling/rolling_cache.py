@@ -37,7 +37,7 @@ from trainer.engine.device import release
 from trainer.spec.errors import DataError, GatedError, SettingsError, UnreachableError
 from trainer.spec.family import get_family
 from trainer.spec.plan import EnginePlan, Plan
-from trainer.spec.rules.cache_size import LEAST_BYTES, bytes_per_image
+from trainer.spec.rules.cache_size import LATENT_CHANNELS, LEAST_BYTES, bytes_per_image
 from trainer.spec.values import many
 from trainer.storage import atomic, json_files
 from trainer.storage.atomic import human_size
@@ -48,7 +48,9 @@ log = logging.getLogger(__name__)
 FOLDER = "rolling"  # below CACHE_PATH
 WHOLE = "whole.json"  # in a window's folder once all of it is encoded
 KEY = "window_bytes"  # in a run's record
-USED_SHARE = 0.7  # of what is free at CACHE_PATH: saves, samples and other jobs need room as well
+# Of what is free at CACHE_PATH: saves, samples and other jobs need room as well.
+WHOLE_SHARE = 0.9  # that all images may take
+WINDOW_SHARE = 0.5  # that those of a window may: captions of some families take more than is estimated
 
 
 def with_windows(plan: Plan, sampler: EpochSampler, scanned: Scan, cache: Cache, record: RunRecord) -> Plan:
@@ -70,13 +72,15 @@ def _window_bytes(plan: Plan, sampler: EpochSampler, scanned: Scan, cache: Cache
         return 0
     size = size_of(plan)
     needed = sum(map(size, scanned.images))
-    room = int(shutil.disk_usage(_existing(Path(plan.output.cache))).free * USED_SHARE) if limit is None else limit
+    free = shutil.disk_usage(_existing(Path(plan.output.cache))).free
     is_stream = bool(streams_of(plan))
+    room = int(free * WHOLE_SHARE) if limit is None else limit
     if needed <= room and not is_stream:
         return 0
-    if limit is None and not is_stream and _missing_share(sampler, cache) * needed <= room:
-        return 0  # most of it is there
-    room = max(room, 1 if limit is not None else LEAST_BYTES)
+    if limit is None:
+        if not is_stream and _missing_share(sampler, cache) * needed <= room:
+            return 0  # most of it is there
+        room = max(int(free * WINDOW_SHARE), LEAST_BYTES)
     log.info(
         "The cache of all %s would take about %s, and may take %s: they are encoded part by part while the job trains.",
         many(len(scanned.images), "image"), human_size(needed), human_size(room),
@@ -108,9 +112,12 @@ def streams_of(plan: Plan) -> list[ShardStream]:
 def size_of(plan: Plan) -> Callable[[ImageRecord], int]:
     """The bytes of an image in the cache, about; of one in a shard from elsewhere, with its own bytes."""
     sizes = {}
+    config = json_files.read_object(Path(plan.model.path) / "vae" / "config.json") or {}
+    channels = config.get("latent_channels") or config.get("z_dim")
+    channels = channels if isinstance(channels, int) else LATENT_CHANNELS
     for d, dataset in enumerate(plan.data.datasets):
         for s, subset in enumerate(dataset.subsets):
-            sizes[d, s] = bytes_per_image(plan, dataset, subset)
+            sizes[d, s] = bytes_per_image(plan, dataset, subset, channels=channels)
 
     def size(image: ImageRecord) -> int:
         fetched = image.span[1] if _is_fetched(plan, image) and image.span else 0
