@@ -113,7 +113,7 @@ def prepare_data(
     *,
     state: state_files.State | None,
 ) -> PreparedData:
-    """Everything but the encoding (`fill_cache`); the plan gets the lengths that were left to `auto`."""
+    """Everything but the encoding (`rolling_cache.fill`); the plan gets the lengths that were left to `auto`."""
     plan = dataclasses.replace(run.plan, data=scanned.data)  # with the subsets that the names of folders make
     sampler = rolling_cache.make_sampler(plan, scanned)
     cache = cache_of(plan)
