@@ -19,6 +19,7 @@ job: a full-size model, and whole jobs on it
 minute: a person's whole job on several GPUs, and where each second goes
 reach: all targets of docs/performance.md, on all accelerators
 prepare: encoding images and captions, on one GPU and on several
+captions: captioning images by models of the published sizes
 loading, scan: reading the cache, and scanning a dataset
 scale: seconds, memory and files of many images, and how they grow
 layouts: loading models from files of every layout

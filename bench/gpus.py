@@ -2,6 +2,7 @@
 
     python -m bench gpus --family FAMILY --gpus 1 2 4 --shapes 1,10 [--batch 1 4] [--side 512] [--set NAME=VALUE …]
     python -m bench gpus --family FAMILY --gpus 1 2 4 --what PRECISION+POLICY[+WORD]… [--batch 1 4] [--size W H]
+    either with [--sharded]
 
 Starts one process for each GPU, as a job does. With `--shapes`, a job's own steps: planned by `auto` for the default
 settings (or `--set`), rehearsed and trained by the job's code (`python -m bench shapes`), with so many sizes of images
@@ -12,7 +13,10 @@ side by side, in the steps that a job makes of a shuffled epoch. With `--what`, 
 the same batch and shapes times the number of GPUs. `sum_ms`: how long all processes take to sum the gradient when they
 begin at the same moment, and `reduce_ms` the part of it that moves the gradient: what overlapping it with the backward
 pass could hide at most. `shape_waits`: the share of a step in which a process waits because another one has a larger
-shape, if a step takes as long as its pixels are many. With `--small`, on the CPU.
+shape, if a step takes as long as its pixels are many. `reserved_gib`: the largest memory that torch took of a device.
+
+With `--sharded`, several GPUs keep a share of the frozen weights each, and one GPU keeps all. `read_gb_s`: how fast
+they read the others', with nothing else going on. With `--small`, on the CPU.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from bench.report import Report, options
 from bench.step import DEVICE, Bench, base_of, free
 from trainer.data.batches import MicroBatch
 from trainer.engine.execution import Engine
+from trainer.engine.memory.weight_streaming import WeightStreamer
 from trainer.spec.errors import KilnError
 from trainer.training.distributed import Workers
 
@@ -50,7 +55,10 @@ def of_job(asked: argparse.Namespace, count: int, batch: int, workers: Workers) 
     row: dict[str, Any] = {"shapes": count, "batch": batch, "gpus": workers.size}
     settings = dict(setting.split("=", 1) for setting in asked.set)
     plan = shapes.default_plan(asked.base or base_of(asked.family), None, batch, settings)
-    plan = replace(plan, engine=replace(plan.engine, num_gpus=workers.size))
+    engine = replace(plan.engine, num_gpus=workers.size)
+    if asked.sharded and workers.size > 1:
+        engine = replace(engine, offload="shards", turned_weights=False)
+    plan = replace(plan, engine=engine)
     epoch = shapes.epoch_of(count, batch, sides=[256 if asked.small else asked.side])
     made = shapes.micro_batches(plan, epoch)
     job = shapes.Job(plan, epoch, small=asked.small, workers=workers)
@@ -74,8 +82,20 @@ def of_job(asked: argparse.Namespace, count: int, batch: int, workers: Workers) 
     row["shape_waits"] = round(waits(measured), 4)
     row["parameters_m"] = round(job.runner.flat_grad.numel() / 1e6, 1)
     row["captured"] = job.runner.capturing
+    row |= memory(job.state.weight_streamer)
     workers.check_same(job.state.optimizer_params)
     job.runner.release()
+    return row
+
+
+def memory(streamer: WeightStreamer | None) -> dict[str, float]:
+    """GiB of the device, and how fast sharded weights are read."""
+    row: dict[str, float] = {}
+    if DEVICE == "cuda":
+        row["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+    if streamer is not None and streamer.shards is not None:
+        row["own_gib"] = round(streamer.shards.own_bytes / 2**30, 3)
+        row["read_gb_s"] = round(streamer.shards.gb_per_s, 1)
     return row
 
 
@@ -132,6 +152,7 @@ def of_variant(bench: Bench, asked: argparse.Namespace, batch: int, workers: Wor
     row["step_s"] = round(seconds, 4)
     row |= sums(bench.runner.flat_grad, batch, workers)
     row["images_s"] = round(workers.size * batch / seconds, 3)
+    row |= memory(bench.streamer)
     workers.check_same(bench.optimizer_params)
     return row
 
@@ -172,7 +193,10 @@ def member(asked: argparse.Namespace, size: int) -> None:
                 free()
                 tell(of_job(asked, count, batch, workers), workers)
     else:
-        bench = Bench(asked.family, asked.what.split("+")[0], base=asked.base, small=asked.small)
+        peers = workers.peers() if asked.sharded and size > 1 else None
+        bench = Bench(asked.family, asked.what.split("+")[0], base=asked.base, small=asked.small, peers=peers)
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # the weights were made in 16 bits
         bench.size = tuple(asked.size or bench.size)
         for batch in asked.batch:
             free()
@@ -203,6 +227,7 @@ def main(arguments: list[str]) -> None:
     words = "PRECISION+POLICY[+host|+weights][+turned][+replay][+plain][+eager]"
     parser.add_argument("--what", default="fp8+all", help=words)
     parser.add_argument("--size", type=int, nargs=2, help="width and height in pixels, with --what")
+    parser.add_argument("--sharded", action="store_true", help="each of several GPUs keeps a share of the weights")
     parser.add_argument("--steps", type=int, default=20, help="steps that are measured, at least")
     parser.add_argument("--member", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
@@ -224,6 +249,8 @@ def _member_arguments(asked: argparse.Namespace) -> list[str]:
     arguments = ["--family", asked.family, "--steps", str(asked.steps), "--batch", *map(str, asked.batch)]
     if asked.small:
         arguments.append("--small")
+    if asked.sharded:
+        arguments.append("--sharded")
     if asked.shapes:
         arguments += ["--shapes", asked.shapes, "--side", str(asked.side)]
         for setting in asked.set:

@@ -76,7 +76,7 @@ def write_images(folder: Path, shapes: int) -> None:
 
 def run(folder: Path, name: str, settings: dict[str, str], number: int) -> dict[str, Any]:
     """Run one job on the BASE_MODEL `name`; returns the row to print."""
-    out = folder / f"out-{time.time_ns()}"
+    out = Path(settings.get("OUTPUT_PATH", folder / f"out-{time.time_ns()}"))
     variables = {
         "BASE_MODEL": name,
         "MODEL_PATH": str(folder / "model"),

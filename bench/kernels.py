@@ -59,11 +59,12 @@ def cases(tokens: int, width: int) -> dict[str, Case]:
     x, hidden, vector = normal(tokens, width), normal(tokens, 4 * width), normal(1, width)
     # With GEGLU, y has two halves; with a left part, the gradient of a row is wider.
     geglu_y, wide_gradient = normal(tokens, 8 * width), normal(tokens, 5 * width)
-    norm = (x, vector, vector, 1.0, 1e-6)
+    norm = (x, vector, vector, 1.0, 1e-6, True)
     qkv, head = normal(1, tokens, 3 * width), normal(HEAD_DIM)
     angles = torch.randn(tokens, HEAD_DIM, device=DEVICE)  # for cosines and sines
     gradients = [normal(1, tokens, width // HEAD_DIM, HEAD_DIM) for _ in range(3)]
-    rms = (x, vector, None, 0.0, 1e-6)
+    rms = (x, vector, None, 0.0, 1e-6, False)
+    rms_shift = (x, vector.float(), vector, 0.0, 1e-6, False)
     heads = (x[None], head, torch.randn(1, tokens, HEAD_DIM // 2, 2, device=DEVICE))
     return {
         "quantize_rows": (fused_linear.quantize_rows, (x, None, FP8)),
@@ -72,9 +73,12 @@ def cases(tokens: int, width: int) -> dict[str, Case]:
         "norm_gradient, of two": (fused_linear.norm_gradient, (*norm, x.clone(), x.clone(), None, x.clone(), True)),
         "norm_rows, RMS": (fused_linear.norm_rows, (*rms, FP8, True)),
         "norm_gradient, RMS": (fused_linear.norm_gradient, (*rms, x.clone(), x.clone(), x.clone(), x.clone(), True)),
+        "norm_rows, RMS and shift": (fused_linear.norm_rows, (*rms_shift, FP8, True)),
         "norm_residual": (fused_linear.norm_residual_kernel, (x[None], x.clone()[None], vector, 1e-6)),
-        "swiglu_rows": (fused_linear.swiglu_rows, (None, hidden, hidden.clone(), FP8, True)),
-        "swiglu_gradient": (fused_linear.swiglu_gradient, (None, hidden, hidden.clone(), hidden.clone(), True)),
+        "swiglu_rows": (fused_linear.swiglu_rows, (None, hidden, hidden.clone(), True, FP8, True)),
+        "swiglu_gradient": (fused_linear.swiglu_gradient, (None, hidden, hidden.clone(), True, hidden.clone(), True)),
+        "swiglu_rows, a gate": (fused_linear.swiglu_rows, (None, x, x.clone(), False, FP8, True)),
+        "swiglu_gradient, a gate": (fused_linear.swiglu_gradient, (None, x, x.clone(), False, x.clone(), True)),
         "gelu_rows": (fused_linear.gelu_rows, (None, hidden, False, FP8, True)),
         "gelu_rows, with left": (fused_linear.gelu_rows, (x, hidden, False, FP8, True)),
         "gelu_rows, GEGLU": (fused_linear.gelu_rows, (None, geglu_y, True, FP8, True)),

@@ -1,14 +1,16 @@
 """How much the monitor page slows training: a miniature job whose steps are timed with and without viewers.
 
-python -m bench monitor [--viewers 20] [--rounds 60] [--window 2.5]
+python -m bench monitor [--viewers 20] [--rounds 30] [--window 5]
 
 One job trains all the time. In each round it has no viewer for `--window` seconds and then `--viewers` of them, which
 follow every event and get a page of numbers each; or the other way round, in turns: what else the machine does meets
 both halves alike. A row has, with and without viewers,
 
-- the median step, in milliseconds, and how much slower it is with them: the median of the rounds, and between which
-  bounds that lies with 95 % confidence (by the binomial distribution of the ranks);
-- the same of the time that the trainer's process spends on a core for each step, which other programs do not lengthen;
+- `core`: what the trainer's process spends on a core for each step, in milliseconds, and how much more it is with them:
+  the median of the rounds, and between which bounds that lies with 95 % confidence (by the binomial distribution of the
+  ranks). Other programs take a core's caches, which lengthens it and never shortens it: so it is that of the window's
+  best second. Each second has one look at the folder, and one event for each viewer;
+- `step`: the same of the median step by the clock, which other programs lengthen as they like;
 - what the server takes of one core.
 
 The viewers are sockets that are read by this process: what they cost is counted, too. Steps of a miniature take
@@ -42,6 +44,7 @@ from bench.report import Report
 ROOT = Path(__file__).parents[1]
 CONCEPT = ROOT / "trainer/families/miniatures/concept"
 TOKEN = "the-token-of-a-bench"
+SLICE_S = 1.0
 SETTLE_S = 0.5  # of each window, not counted: viewers come and go
 LIKELY = 1.96  # standard deviations, for 95 %
 START_S = 300.0
@@ -50,8 +53,8 @@ START_S = 300.0
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--viewers", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--window", type=float, default=2.5, help="seconds")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--window", type=float, default=5.0, help="seconds")
     parser.add_argument("--markdown", type=Path)
     flags = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -74,12 +77,11 @@ def measure(folder: Path, *, viewers: int, rounds: int, window: float) -> dict[s
             order = ("without", "with") if number % 2 == 0 else ("with", "without")
             for kind in order:
                 opened = watch(port, viewers if kind == "with" else 0, SETTLE_S)
-                began, of_server, of_trainer = time.time(), core_seconds(server), core_seconds(trainer)
-                follow(opened, window)
-                ended = time.time()
-                seen[kind].append(
-                    Window(began, ended, core_seconds(server) - of_server, core_seconds(trainer) - of_trainer)
-                )
+                of_server, slices = core_seconds(server), [(time.time(), core_seconds(trainer))]
+                for _ in range(max(1, round(window / SLICE_S))):
+                    follow(opened, SLICE_S)
+                    slices.append((time.time(), core_seconds(trainer)))
+                seen[kind].append(Window(core_seconds(server) - of_server, tuple(slices)))
                 close(opened)
         times = step_times(out)
     finally:
@@ -99,12 +101,18 @@ def measure(folder: Path, *, viewers: int, rounds: int, window: float) -> dict[s
 
 @dataclass(frozen=True)
 class Window:
-    """A few seconds of the job, in Unix seconds, and what two processes spent on a core meanwhile."""
+    """A few seconds of the job, and what two processes spent on a core meanwhile."""
 
-    began: float
-    ended: float
     server_s: float
-    trainer_s: float
+    slices: tuple[tuple[float, float], ...]  # Unix seconds, and what the trainer had spent by then
+
+    @property
+    def began(self) -> float:
+        return self.slices[0][0]
+
+    @property
+    def ended(self) -> float:
+        return self.slices[-1][0]
 
 
 def compared(what: str, seen: dict[str, list[Window]], measure: Callable[[Window], float]) -> dict[str, Any]:
@@ -179,9 +187,21 @@ def median_step(times: list[float], began: float, ended: float) -> float:
 
 
 def core_step(times: list[float], window: Window) -> float:
-    """Seconds on a core for each step of a window; NaN where there was none."""
-    count = bisect.bisect_right(times, window.ended) - bisect.bisect_left(times, window.began)
-    return window.trainer_s / count if count else math.nan
+    """Seconds on a core for each step, in the slice of a window in which they are least; NaN where there was none."""
+    found = []
+    for (began, spent), (ended, spent_then) in itertools.pairwise(window.slices):
+        count = steps_by(times, ended) - steps_by(times, began)
+        if count > 0:
+            found.append((spent_then - spent) / count)
+    return min(found, default=math.nan)
+
+
+def steps_by(times: list[float], moment: float) -> float:
+    """Steps done by then, with the share of the one that is under way."""
+    done = bisect.bisect_right(times, moment)
+    if not 0 < done < len(times):
+        return float(done)
+    return done + (moment - times[done - 1]) / (times[done] - times[done - 1])
 
 
 def watch(port: int, viewers: int, seconds: float) -> dict[socket.socket, int]:

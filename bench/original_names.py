@@ -14,13 +14,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer.spec.family import base_models, get_family
+from trainer.spec.family import Facts, base_models, facts_of
 
 OF_VIDEOS = ("qwen_image", "krea2")  # families whose VAE is one of videos
 
 
 def miniature(name: str) -> Path:
     return Path(base_models()[f"mini-{name.replace('_', '-')}"][1].source)
+
+
+def facts(name: str) -> Facts:
+    """Of a miniature."""
+    base = f"mini-{name.replace('_', '-')}"
+    return facts_of(base_models()[base][0], base)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -323,7 +329,7 @@ def denoiser(name: str, state: dict[str, torch.Tensor], config: dict[str, Any]) 
     if name == "qwen_image":
         return dict(state)
     originals = {"flux": flux_original, "flux2": flux2_original, "sd3": sd3_original, "z_image": z_image_original}
-    originals["krea2"] = krea2_original
+    originals |= {"flux2_dev": flux2_original, "krea2": krea2_original}
     return originals[name](state)
 
 
@@ -335,6 +341,8 @@ def whole_file(name: str, parts: dict[str, dict[str, torch.Tensor]], config: dic
         found["clip_l"] = hugging_face(parts["clip_l"])
     if "qwen3" in parts:
         found["qwen3"] = under("model.", parts["qwen3"])
+    if "mistral3" in parts:
+        found["mistral3"] = under("model.", parts["mistral3"])
     if "qwen2_5_vl" in parts:
         found["qwen2_5_vl"] = parts["qwen2_5_vl"]
     if "qwen3_vl" in parts:
@@ -345,30 +353,31 @@ def whole_file(name: str, parts: dict[str, dict[str, torch.Tensor]], config: dic
         found["t5"] = parts["t5"]
     prefixes = {
         "denoiser": "model.diffusion_model.",
-        "vae": "vae." if name in ("flux", "flux2", "z_image", *OF_VIDEOS) else "first_stage_model.",
+        "vae": "vae." if name in ("flux", "flux2", "flux2_dev", "z_image", *OF_VIDEOS) else "first_stage_model.",
         "clip_l": "conditioner.embedders.0.transformer." if name == "sdxl" else "text_encoders.clip_l.transformer.",
         "clip_g": "conditioner.embedders.1.model." if name == "sdxl" else "text_encoders.clip_g.transformer.",
         "t5": "text_encoders.t5xxl.transformer.",
         "qwen3": "text_encoders.qwen3_4b.transformer.",
         "qwen2_5_vl": "text_encoders.qwen25_7b.transformer.",
         "qwen3_vl": "text_encoders.qwen3vl_4b.transformer.",
+        "mistral3": "text_encoders.mistral3_24b.transformer.",
     }
     return {k: v for part, state in found.items() for k, v in under(prefixes[part], state).items()}
 
 
 def config_of(name: str) -> dict[str, Any]:
     """Of a miniature's denoiser."""
-    return dict(json.loads((miniature(name) / get_family(name).FACTS.parts["denoiser"] / "config.json").read_text()))
+    return dict(json.loads((miniature(name) / facts(name).parts["denoiser"] / "config.json").read_text()))
 
 
 def original(name: str) -> dict[str, torch.Tensor]:
     """The denoiser of a miniature under its original names."""
-    return denoiser(name, weights(miniature(name) / get_family(name).FACTS.parts["denoiser"]), config_of(name))
+    return denoiser(name, weights(miniature(name) / facts(name).parts["denoiser"]), config_of(name))
 
 
 def checkpoint(name: str, *, t5: bool = True) -> dict[str, torch.Tensor]:
     """A miniature in one file."""
-    places = {part: place for part, place in get_family(name).FACTS.parts.items() if t5 or part != "t5"}
+    places = {part: place for part, place in facts(name).parts.items() if t5 or part != "t5"}
     return whole_file(name, {part: weights(miniature(name) / place) for part, place in places.items()}, config_of(name))
 
 
@@ -409,6 +418,26 @@ def flux2_files(folder: Path, dtype: torch.dtype) -> dict[str, str]:
         ),
         "VAE_PATH": ("flux2-vae.safetensors", vae_original(weights(own / "vae"))),
         "TEXT_ENCODER_PATH": ("qwen_3_4b.safetensors", under("model.", weights(own / "text_encoder"))),
+    }
+    for name, state in parts.values():
+        save_file(under("", state), folder / name)
+    return {variable: str(folder / name) for variable, (name, _) in parts.items()}
+
+
+def flux2_dev_files(folder: Path, dtype: torch.dtype) -> dict[str, str]:
+    """The three files that users of FLUX.2 dev have: of the text encoder, the layers that are read and a vocabulary."""
+    own = miniature("flux2_dev")
+    read = {}
+    for name, tensor in weights(own / "text_encoder").items():
+        if not name.startswith(("layers.30.", "norm.")):
+            read[name] = tensor
+    parts = {
+        "MODEL_PATH": ("flux2_dev.safetensors", {k: v.to(dtype) for k, v in original("flux2_dev").items()}),
+        "VAE_PATH": ("flux2-vae.safetensors", vae_original(weights(own / "vae"))),
+        "TEXT_ENCODER_PATH": (
+            "mistral_3_small_flux2_bf16.safetensors",
+            under("model.", read) | {"tekken_model": torch.zeros(100, dtype=torch.uint8)},
+        ),
     }
     for name, state in parts.values():
         save_file(under("", state), folder / name)

@@ -19,6 +19,7 @@ steps. `reserved_gib`: the peak of what torch holds; `device_gib`: what the devi
 from __future__ import annotations
 
 import datetime
+import gc
 import hashlib
 import logging
 import math
@@ -47,14 +48,15 @@ from trainer.data.order.variants import Batch, Example
 from trainer.data.records import ImageRecord, View
 from trainer.engine.device import set_up, torch_dtype
 from trainer.engine.execution import Engine
-from trainer.engine.load import place_denoiser
+from trainer.engine.load import place_denoiser, shards_for
+from trainer.engine.memory.sharding import Peers
 from trainer.job import build, sizes
 from trainer.job.rehearsal import Rehearsal
 from trainer.spec.errors import KilnError
 from trainer.spec.family import Family, base_models, get_family
 from trainer.spec.memory_model import Workload
 from trainer.spec.plan import EnginePlan, Plan
-from trainer.spec.strategies import described
+from trainer.spec.strategies import AWAY, described
 from trainer.spec.weight_formats import PRECISIONS
 from trainer.training import loop
 from trainer.training.distributed import Workers
@@ -157,7 +159,8 @@ class Job:
             torch.cuda.set_per_process_memory_fraction(1.0)  # the weights are made in 16 bits
         denoiser = steps.denoiser(self.family.FACTS.name, base=plan.model.base, small=small)
         with patch.object(build, "load_denoiser", partial(self._placed, denoiser)):
-            self.state = build.build_training_state(plan, self.family, model=Path(), total=1000)
+            peers = self.workers.peers() if plan.engine.offload == "shards" else None
+            self.state = build.build_training_state(plan, self.family, model=Path(), total=1000, peers=peers)
         steps.free()
         set_up(plan.engine)
         if torch.cuda.is_available():
@@ -172,7 +175,9 @@ class Job:
         self.objective = objective_of(self.family.FACTS.name)
         self.snapshots = Snapshots(self.state.optimizer, plan.engine.device)
 
-    def _placed(self, denoiser: Any, family: Family, _: Path, plan: EnginePlan, **options: Any) -> tuple[Any, Any]:
+    def _placed(
+        self, denoiser: Any, family: Family, _: Path, plan: EnginePlan, *, peers: Peers | None, **options: Any
+    ) -> tuple[Any, Any]:
         """`load_denoiser` for a model that is there already."""
         streamer = place_denoiser(
             denoiser,
@@ -180,7 +185,8 @@ class Job:
             precision=plan.precision,
             dtype=torch_dtype(plan),
             device=plan.device,
-            streamed=family.regions(denoiser) if plan.offload == "weights" else (),
+            streamed=family.regions(denoiser) if plan.offload in AWAY else (),
+            shards=shards_for(plan, peers),
             forwards=family.fused_forwards() if PRECISIONS[plan.precision].weight_format == "fp8" else {},
             **options,
         )
@@ -248,6 +254,7 @@ def measure(plan: Plan, count: int, epoch: list[Batch], *, small: bool = False) 
     made = micro_batches(plan, epoch)
     row["sizes"] = len(set(map(id, made)))
     job = Job(plan, epoch, small=small)
+    gc.freeze()  # as a job does
     started = time.monotonic()
     try:
         job.rehearse(epoch, made)
@@ -256,6 +263,8 @@ def measure(plan: Plan, count: int, epoch: list[Batch], *, small: bool = False) 
     except (torch.OutOfMemoryError, KilnError) as problem:
         job.runner.release()
         return {**row, "problem": str(problem).splitlines()[0][:100]}
+    finally:
+        gc.unfreeze()
     after = [late - early for early, late in pairwise(times[len(made) - 1 :])]
     usual_s = statistics.mean(after)
     row["before_s"] = round(times[len(made) - 1] - started - usual_s * len(made), 1)

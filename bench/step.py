@@ -2,7 +2,7 @@
 
     python -m bench step --family FAMILY PRECISION+POLICY[+WORD]…:BATCH …
 
-FAMILY: flux (1280 x 768 pixels), or flux2, qwen_image, sd3, sdxl, z_image (1024 x 1024). PRECISION: a value of
+FAMILY: flux (1280 x 768 pixels), or flux2, krea2, qwen_image, sd3, sdxl, z_image (1024 x 1024). PRECISION: a value of
 PARAMS_PRECISION. POLICY: what the backward pass recomputes (all, attention, products, none;
 trainer.engine.memory.checkpointing). WORD:
 
@@ -44,6 +44,7 @@ from trainer.engine.execution import Engine
 from trainer.engine.fused_linear import install
 from trainer.engine.load import place_denoiser
 from trainer.engine.memory.checkpointing import POLICIES
+from trainer.engine.memory.sharding import Peers, Shards
 from trainer.engine.quantization.cast_adapters import AdapterCast
 from trainer.spec.family import get_family
 from trainer.spec.memory_model import Workload, predict_peak_gib
@@ -187,7 +188,10 @@ class Bench:
     base = ""  # a value of BASE_MODEL; empty: the family's first
     masked = False  # see the word of this name
 
-    def __init__(self, name: str, precision: str, *, base: str = "", small: bool = False) -> None:
+    def __init__(
+        self, name: str, precision: str, *, base: str = "", small: bool = False, peers: Peers | None = None
+    ) -> None:
+        """`peers`: the processes that share the frozen weights, if these are sharded."""
         self.name = name
         self.base = base or base_of(name)
         self.family = get_family(name)
@@ -198,7 +202,7 @@ class Bench:
         self.model = denoiser(name, base=self.base, small=small)
         fused = self.family.FACTS.fused_targets
         targets = self.family.FACTS.targets
-        place_denoiser(
+        self.streamer = place_denoiser(
             self.model,
             self.family.blocks(self.model),
             precision=precision,
@@ -207,6 +211,8 @@ class Bench:
             rank=RANK,
             fused=fused,
             targets=targets,
+            streamed=self.family.regions(self.model) if peers else (),
+            shards=Shards(peers, DEVICE) if peers else None,
         )
         self.forwards = self.family.fused_forwards()
         self.params = adapters.add_adapters(
@@ -234,12 +240,12 @@ class Bench:
             device=DEVICE,
             dtype=str(self.dtype).removeprefix("torch."),
             recompute=policy_of(words),
-            offload=offload_of(words),
+            offload="shards" if self.streamer else offload_of(words),
             compile="eager" not in words,
             turned_weights="turned" in words,
             attention=detect().fastest_attention if has_flash_4 else "native",
         )
-        engine = Engine(self.model, self.family.regions(self.model), plan)
+        engine = Engine(self.model, self.family.regions(self.model), plan, self.streamer)
         if "narrow" in words:
             engine.drop_adapter_columns()
         cast = AdapterCast(self.model, self.dtype) if "eager" in words else contextlib.nullcontext

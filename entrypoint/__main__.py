@@ -33,7 +33,9 @@ from entrypoint.queue import run as queue
 from entrypoint.queue.jobs import expand, tell_queue
 from entrypoint.settings import help_env, json_schema, read_settings
 from entrypoint.system import environment, prices, public_addresses, secrets
+from entrypoint.system.answers import Answers
 from entrypoint.system.environment import QUEUED
+from entrypoint.system.machine import Machine
 from trainer import __version__
 from trainer.process import streams
 from trainer.spec.commands.parser import Parser
@@ -111,6 +113,7 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
         logging.getLogger().removeHandler(report)
         with contextlib.suppress(BrokenPipeError):
             print(report.to_json(code), flush=True)  # noqa: T201
+        return code or streams.output_code()
     return code
 
 
@@ -197,17 +200,21 @@ def jobs(
     """One job, or all jobs of JOBS, SWEEP and a BASE_MODEL with several names; see `job`."""
     public_addresses.guard(environ)
     queued = expand(environ)
+    machine = Machine()
     one_job = functools.partial(job, check=check, prefetch=prefetch, card=card, report=report)
     if not queued:
-        return one_job(environ)
+        return one_job(environ, answers=Answers(machine))
     if not check and not prefetch:
         return queue.run_all(queued, environ)
     codes = []
+    answers = Answers(machine, several=True)
     for one in queued:
+        if prefetch:  # which changes what is here
+            answers = Answers(machine)
         log.info("---- %s (%s)", one.name, one.place)
         if report is not None:  # one that is refused has neither
             report.plan, report.figures = None, None
-        codes.append(_ended(functools.partial(one_job, one.environ)))
+        codes.append(_ended(functools.partial(one_job, one.environ, answers=answers)))
         if report is not None:
             report.queue.append({"name": one.name, "exit_code": codes[-1], "job": report.figures})
     wrong = [one.name for one, code in zip(queued, codes, strict=True) if code]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import logging
 import os
 import signal
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from entrypoint import bake
@@ -32,11 +33,13 @@ from entrypoint.report import start as job_report
 from entrypoint.report.receipt import receipt
 from entrypoint.settings import Settings, given, read_settings
 from entrypoint.system import cards, hardware, public_addresses
+from entrypoint.system.answers import Answers
+from entrypoint.system.machine import Machine
 from entrypoint.system.raw_value import raw_value
 from entrypoint.trackers import beside as trackers
 from trainer.network import addresses
 from trainer.process import scratch, vitals
-from trainer.spec.errors import NoAcceleratorError, SettingsError
+from trainer.spec.errors import NoAcceleratorError, SettingsError, StorageError
 from trainer.spec.family import base_models
 from trainer.spec.plan import Plan
 from trainer.spec.rules import outlook
@@ -55,12 +58,14 @@ def job(
     prefetch: bool = False,
     card: str | None = None,
     report: CheckReport | None = None,
+    answers: Answers | None = None,
 ) -> int:
     """The whole job; returns the trainer's exit code, or 0. Raises the errors of `trainer.spec.errors`.
 
     `prefetch`: all that the job downloads is brought, and nothing is trained. `card`: the name of one to check for, in
-    place of what this machine has. `report`: is told the plan and its figures.
+    place of what this machine has. `report`: is told the plan and its figures. `answers`: of other jobs.
     """
+    answers = answers or Answers(Machine())
     public_addresses.guard(environ)
     # In a pod the job is a process of its own: what it tells its parent is not what the supervisor tells its own.
     if vitals.VARIABLE in os.environ:
@@ -79,14 +84,14 @@ def job(
     alone = check or prefetch
     told = _whom_to_tell(settings) if place.is_first and not alone else None
     with (
-        scratch.folder(os.environ, settings.data.cache_path) as temporary,
+        _temporary(settings.data.cache_path) as temporary,
         notify.telling(told, environ) as ending,
         Nodes(
             cluster.Place() if alone else place, timeout_s=settings.engine.nodes_timeout, environment=environ
         ) as nodes,
     ):
         own = {**environ, "TMPDIR": str(temporary)}
-        code = _job(settings, own, nodes, check=check, prefetch=prefetch, card=card, report=report)
+        code = _job(settings, own, nodes, check=check, prefetch=prefetch, card=card, report=report, answers=answers)
         code = nodes.end(code, "")
         ending.exit_code, ending.message = code, ""  # the trainer's own is in status.json
         if not alone and code == 0 and nodes.is_first:  # the last line of any other end has its exit code
@@ -95,6 +100,20 @@ def job(
                 log.info("%s", said)
             _say_how_to_fetch(settings, environ)
         return code
+
+
+@contextlib.contextmanager
+def _temporary(cache: Path) -> Iterator[Path]:
+    """A folder for temporary files. Raises StorageError where none can be written."""
+    with contextlib.ExitStack() as stack:
+        try:
+            made = stack.enter_context(scratch.folder(os.environ, cache))
+        except OSError as problem:
+            raise StorageError(
+                f"Temporary files can be written nowhere: {problem.strerror or problem} in {cache} too (CACHE_PATH). "
+                "Fix: set TMPDIR to a folder with room that this user can write to, and look at the limits (ulimit -f)."
+            ) from problem
+        yield made
 
 
 def _place(settings: Settings, environ: Mapping[str, str], *, alone: bool) -> cluster.Place:
@@ -146,12 +165,13 @@ def _job(
     prefetch: bool,
     card: str | None,
     report: CheckReport | None,
+    answers: Answers,
 ) -> int:
     """`job`, with a place for temporary files."""
     retries = checking() if check else http.USUAL
     keys = Keys.of(settings, environ)
     settings, arrivals = doors.arrive(settings, environ, retries=retries)
-    plan, detected, kernels = _planned(settings, environ, card)
+    plan, detected, uses_gpu = _planned(settings, environ, card, answers.machine)
     missing = _missing_accelerator(plan, backend=settings.engine.backend)
     if missing and not check and not prefetch:
         raise missing
@@ -174,10 +194,12 @@ def _job(
     starting_point.check_state(plan)
     hub_cache = settings.model.hf_home / "hub"
     if check:  # first, since it needs no network
-        summary = log_summary(plan, token=token, hub_cache=hub_cache, estimate_captions=True)
+        summary = log_summary(plan, token=token, hub_cache=hub_cache, estimate_captions=True, answers=answers)
         if report is not None:
             report.figures = summary.figures
-    fetches = preflight(plan, token=token, hub_cache=hub_cache, arrivals=arrivals, keys=keys, retries=retries)
+    fetches = preflight(
+        plan, token=token, hub_cache=hub_cache, arrivals=arrivals, keys=keys, retries=retries, answers=answers
+    )
     if fetches and not check:  # otherwise the trainer reads the images at once, and says the same
         plan = dataclasses.replace(plan, printed=log_summary(plan, token=token, hub_cache=hub_cache).lines)
     access = Access(token, keys, arrivals)
@@ -185,8 +207,8 @@ def _job(
         fetch_all(plan, settings, access)
         log.info("Fetched: all that this job downloads is here, and is checked. Nothing was trained.")
         return 0
-    if kernels is not None:
-        hardware.check_kernels(detected, kernels.names())
+    if uses_gpu:
+        hardware.check_kernels(detected, answers.machine.kernels)
     if missing:
         raise missing
     with upload.all_beside(targets, environ) as uploaded:
@@ -199,18 +221,18 @@ def _job(
 
 
 def _planned(
-    settings: Settings, environ: Mapping[str, str], card: str | None
-) -> tuple[Plan, hardware.Hardware, hardware.TorchKernels | None]:
-    """The plan, the hardware it is for, and, where a GPU of this machine trains, what tells what torch can run here."""
+    settings: Settings, environ: Mapping[str, str], card: str | None, machine: Machine
+) -> tuple[Plan, hardware.Hardware, bool]:
+    """The plan, the hardware it is for, and whether a GPU of this machine trains."""
     manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
-    detected = _card_to_check_for(card) if card is not None else hardware.detect()
-    kernels = hardware.TorchKernels() if card is None and detected.vendor != "cpu" else None
+    detected = _card_to_check_for(card) if card is not None else machine.hardware
+    if card is None and detected.vendor != "cpu":
+        _ = machine.asked_torch  # which answers while the plan is made
     plan = make_plan(settings, manifest, detected, now=now(environ))
-    if plan.engine.device == "cpu":
-        kernels = None
-    if kernels is not None:
+    uses_gpu = card is None and plan.engine.device != "cpu"
+    if uses_gpu:
         hardware.check_torch(detected, hardware.torch_version())
-    return dataclasses.replace(plan, model=bake.with_baked(plan.model)), detected, kernels
+    return dataclasses.replace(plan, model=bake.with_baked(plan.model)), detected, uses_gpu
 
 
 def _finished(done: Path, targets: list[upload.Job], environ: Mapping[str, str]) -> int:
@@ -286,7 +308,7 @@ def _trained(plan: Plan, settings: Settings, environ: Mapping[str, str], nodes: 
     with page, trackers.tracking(tracker, out, own) as tracked:
         with Trainers(plan, environment=environ, nodes=nodes) as trainers:
             ready = fetch_all(plan, settings, access)
-            with streams.serving(ready, access.keys):
+            with streams.serving(ready, dataclasses.replace(access.keys, hub=access.token)):
                 code = tracked.exit_code = trainers.run(ready)
         # Then somebody waits for the end of this process, also if the LoRA was complete by then.
         is_stopped = trainers.stopped or code in (128 + signal.SIGTERM, 128 + signal.SIGINT)

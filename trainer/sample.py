@@ -106,8 +106,8 @@ def _sample(options: argparse.Namespace) -> None:
     lora_paths = split_weights(options.lora, "--lora")
     base = _find_base(options, lora_paths)
     family = get_family(base.family)
-    prompts = read_prompts(options.prompts, family.FACTS, base.model, texts=options.prompt, seed=options.seed)
-    max_tokens = _max_token_length(options.max_token_length, [path for path, _ in lora_paths], family.FACTS)
+    prompts = read_prompts(options.prompts, base.facts, base.model, texts=options.prompt, seed=options.seed)
+    max_tokens = _max_token_length(options.max_token_length, [path for path, _ in lora_paths], base.facts)
     _check_out(options.out)
     loras = [(load_lora(path, base.family), strength) for path, strength in lora_paths]
     folder = base.folder()
@@ -120,6 +120,7 @@ def _sample(options: argparse.Namespace) -> None:
     log.info("Drawing %s with %s by %s on %s.", images, plural(len(loras), "LoRA"), options.base, device)
     try:
         with _named_errors(options.base):
+            _warn_of_long_prompts(base.facts, folder, prompts, max_tokens=max_tokens)
             draw = _load(family, folder, prompts, loras, device=device, dtype=dtype, max_tokens=max_tokens)
         with torch.no_grad():
             _draw_all(options.out, prompts, draw, label=_label(lora_paths))
@@ -140,6 +141,12 @@ def _named_errors(base: str) -> Iterator[None]:
         raise SettingsError(f"--base {base} cannot be loaded: {reason}") from problem
 
 
+def _warn_of_long_prompts(facts: Facts, folder: Path, prompts: Sequence[Prompt], *, max_tokens: int) -> None:
+    reader = caption_length.load_reader(facts, folder, max_tokens=max_tokens)
+    for line in caption_length.describe_prompts(reader, prompts) if reader else []:
+        log.warning("%s", line)
+
+
 def _load(
     family: Family,
     folder: Path,
@@ -156,9 +163,6 @@ def _load(
     from trainer.base_model import weight_check
 
     transformers_logging.disable_progress_bar()
-    reader = caption_length.load_reader(family.FACTS, folder, max_tokens=max_tokens)
-    for line in caption_length.describe_prompts(reader, prompts) if reader else []:
-        log.warning("%s", line)
     texts = _encode_prompts(family, folder, prompts, loras, device=device, dtype=dtype, max_tokens=max_tokens)
     denoiser = family.load_denoiser(folder, device=device, dtype=dtype)
     weight_check.check_weights(denoiser.named_parameters(), folder / family.FACTS.parts["denoiser"])

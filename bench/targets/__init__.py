@@ -2,6 +2,7 @@
 
     python -m bench targets                      # of each kernel, the launch with the most constants that matter
     python -m bench targets --all                # every distinct launch of every published model: several minutes
+    python -m bench targets --all --family krea2
     python -m bench targets --target gfx942 sm_120
 
 One row for a kernel and a target: how many distinct launches were compiled, and the most registers, spilled registers

@@ -23,28 +23,30 @@ def main(arguments: list[str]) -> None:
         description="Compile our Triton kernels for accelerators that need not be there.",
     )
     parser.add_argument("--all", action="store_true", help="every distinct launch of every published model")
+    parser.add_argument("--family", nargs="+", help="with --all, the models of these families alone")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--markdown", type=Path, help="a file for the table")
     asked = parser.parse_args(arguments)
     report = Report("Triton kernels on each target", asked.markdown)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # a cache within this run, and no result of another one
-        for row in _rows(asked.target, everything=asked.all):
+        for row in _rows(asked.target, everything=asked.all, families=asked.family):
             report.row(row)
     if any("fault" in row for row in report.rows):
         raise SystemExit(1)
 
 
-def _rows(names: list[str], *, everything: bool) -> list[dict[str, Any]]:
+def _rows(names: list[str], *, everything: bool, families: list[str] | None) -> list[dict[str, Any]]:
     from bench.targets import launches
 
     launches.import_kernels()
     from bench.targets import engine
 
+    every = engine.all_cases(families or engine.FAMILIES)
     known: dict[Any, set[launches.Launch]] = {}
     tasks: list[tuple[launches.Launch, str]] = []
     for name in names:
-        cases = engine.all_cases() if everything else engine.SAMPLE
+        cases = every if everything else engine.SAMPLE
         found = engine.launches_on(TARGETS[name], cases, known)
         tasks += [(launch, name) for launch in (sorted(found, key=str) if everything else _heaviest(found))]
     # Forked, because the recording has imported everything already.

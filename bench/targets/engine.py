@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +24,11 @@ from trainer.engine.quantization.frozen_linear import FrozenLinear, freeze
 from trainer.spec.family import BaseModel, Family, get_family
 from trainer.spec.weight_formats import supported_formats
 
-FAMILIES = ("flux", "flux2", "qwen_image", "sd3", "sdxl", "z_image")
+FAMILIES = ("flux", "flux2", "krea2", "qwen_image", "sd3", "sdxl", "z_image")
 SHALLOW: dict[str, dict[str, Any]] = {
     "flux": {"num_layers": 1, "num_single_layers": 1},
     "flux2": {"num_layers": 1, "num_single_layers": 1},
+    "krea2": {"num_layers": 1, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1},
     "qwen_image": {"num_layers": 1},
     "sd3": {"num_layers": 3},  # the last block has no text output; of SD3.5 medium, the first has a second attention
     "sdxl": {"transformer_layers_per_block": [1, 1, 1]},
@@ -47,18 +48,20 @@ class Case(NamedTuple):
     joined: bool = True
 
 
-def all_cases() -> list[Case]:
+def all_cases(families: Sequence[str] = FAMILIES) -> list[Case]:
     """Every published model in every format; joined and split; with and without adapters; other ranks of Flux.1."""
     cases: list[Case] = []
-    for family in FAMILIES:
+    for family in families:
         for name in _distinct_models(get_family(family)):
             cases += [Case(family, name, precision) for precision in FORMATS]
             cases += [Case(family, name, "fp8", joined=False), Case(family, name, "fp8", rank=0)]
-    return cases + [Case("flux", "flux", "fp8", rank=rank) for rank in (4, 64, 128)]
+    if "flux" in families:
+        cases += [Case("flux", "flux", "fp8", rank=rank) for rank in (4, 64, 128)]
+    return cases
 
 
 # Every kernel, and the widest rows: those of Flux.1; GEGLU in SDXL; RMSNorm and SwiGLU in Z-Image;
-# SwiGLU behind attention's output in FLUX.2.
+# SwiGLU behind attention's output in FLUX.2; in Krea 2 the widest norms, RMSNorm with a shift, and a gate on attention.
 SAMPLE = (
     Case("flux", "flux", "fp8"),
     Case("flux", "flux", "fp8", rank=128),
@@ -67,6 +70,7 @@ SAMPLE = (
     Case("sdxl", "sdxl", "fp8"),
     Case("z_image", "z-image", "fp8"),
     Case("flux2", "flux2-klein-4b", "fp8"),
+    Case("krea2", "krea2", "fp8"),
     Case("qwen_image", "qwen-image", "fp8"),
 )
 

@@ -25,7 +25,7 @@ SOURCE_WORDS = {
     "hub": "a dataset of the Hub",
     "folder": "a folder",
     "archive": "an archive",
-    "bucket": "files in a bucket",
+    "bucket": "files in a bucket, or a shared folder",
 }
 
 

@@ -24,6 +24,8 @@ AT_REVISION = re.compile(rf"({HUB_ID.pattern})@([\w./-]+)", re.ASCII)
 WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 BUCKETS = ("s3", "gs", "gcs", "az", "azure")  # schemes of addresses in buckets
+DRIVE_HOSTS = ("drive.google.com", "docs.google.com")
+_SHARED_FOLDER = re.compile(r"/drive(?:/u/\d+)?/folders/([\w-]{10,100})/?")
 SHARING_HOSTS = {  # services whose links open a page in a browser and give programs no file
     "photos.app.goo.gl": "Google Photos",
     "photos.google.com": "Google Photos",
@@ -59,6 +61,8 @@ def classify(location: str, *, hub: bool = True) -> Place:
         raise ValueError("an empty name. Allowed: a Hub dataset (owner/name), a folder, an archive or its URL")
     if is_folder(location):
         return Place("folder", absolute(location))
+    if location.lower().startswith("hf://buckets/"):
+        return _in_hub_bucket(location)
     if page := _hub_page(location):
         return page
     if location.lower().startswith("file:"):
@@ -222,13 +226,15 @@ def _archive_url(location: str) -> Place:
     host = (url.hostname or "").lower()
     if url.scheme.lower() not in ("http", "https", *BUCKETS) or not url.hostname:
         raise ValueError(
-            f"{shown} cannot be downloaded. Allowed: http and https URLs, s3://, gs:// and az://. Fix: download it, "
-            "and name the folder or the archive"
+            f"{shown} cannot be downloaded. Allowed: http and https URLs, s3://, gs://, az:// and hf://buckets/. Fix: "
+            "download it, and name the folder or the archive"
         )
     if url.scheme.lower() in BUCKETS and url.hostname:
         return _in_bucket(location)
     if url.username or url.password:
         raise ValueError("a URL with a password in it would end up in plan.json. Fix: download the archive yourself")
+    if host in DRIVE_HOSTS and (shared := _SHARED_FOLDER.fullmatch(url.path)):
+        return Place("bucket", f"https://drive.google.com/drive/folders/{shared[1]}")  # without who shared it, and how
     if host in SHARING_HOSTS:
         raise ValueError(
             f"{shown} is a page of {SHARING_HOSTS[host]}, from which programs cannot download. Fix: download the "
@@ -240,6 +246,13 @@ def _archive_url(location: str) -> Place:
         raw = location.replace("/blob/", "/raw/", 1)
         return Place("archive", raw, note=f"the GitHub page is read as its file, {public(raw)}")
     return Place("archive", location)
+
+
+def _in_hub_bucket(location: str) -> Place:
+    """All files below a name in a bucket of the Hub, or an archive in one."""
+    if not re.fullmatch(r"(?i)hf://buckets/[\w.-]+/[\w.-]+(/[^?#@]*)?", location) or ".." in location.split("/"):
+        raise ValueError(f"{show(public(location))} is not written as hf://buckets/OWNER/BUCKET/PATH. Fix: correct it")
+    return _in_bucket(location)
 
 
 def _in_bucket(location: str) -> Place:

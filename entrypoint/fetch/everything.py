@@ -19,7 +19,7 @@ from trainer.base_model import model_folder
 from trainer.data.folders.own_output import Written
 from trainer.data.shards.stream import ShardStream
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import get_family
+from trainer.spec.family import facts_of
 from trainer.spec.plan import Dataset, ModelPlan, Plan, Source
 
 
@@ -36,7 +36,8 @@ def fetch_all(plan: Plan, settings: Settings, access: Access) -> Plan:
     """The plan with local paths for the model, all sources and files. Raises the errors of what it fetches with."""
     hub_cache = settings.model.hf_home / "hub"
     cache = Path(plan.output.cache)
-    patterns = model_folder.file_patterns(get_family(plan.model.family).FACTS, plan.model.parts)
+    facts = facts_of(plan.model.family, plan.model.base)
+    patterns = model_folder.file_patterns(facts, plan.model.parts)
     sources: dict[Source, None] = {}  # each once, in order
     for dataset in plan.data.datasets:
         sources |= dict.fromkeys(subset.source for subset in dataset.subsets)

@@ -28,7 +28,7 @@ from entrypoint.system import public_addresses
 from trainer.base_model import model_folder, without_weights
 from trainer.network import addresses
 from trainer.spec.errors import DataError, GatedError, SettingsError, UnreachableError
-from trainer.spec.family import Facts, get_family
+from trainer.spec.family import Facts, facts_of
 from trainer.spec.plan import ModelPlan, Source
 from trainer.spec.values import printable, some
 from trainer.storage.atomic import human_size
@@ -64,7 +64,7 @@ def fetch_model(
     if published := without_weights.published(model):
         return replace(model, path=str(local_weights.assemble(model, published, hub_cache=hub_cache, retries=retries)))
     variable = model_folder.variable(model)
-    facts = get_family(model.family).FACTS
+    facts = facts_of(model.family, model.base)
     if folder := local_model(model):
         model_folder.check_kind(variable, folder, model)
         model_folder.check_folder(variable, folder, patterns, facts)
@@ -124,6 +124,7 @@ def fetch_source(
             keys = replace(keys, hub=token)
             return replace(source, path=str(_archive_folder(source, cache=cache, keys=keys, retries=retries)))
         if source.kind == "bucket":
+            keys = replace(keys, hub=token)
             stream = partial(streams.begin, source, cache=cache, most=most, owner=owner)
             folder = folders.bring(named(source), source.location, keys, cache=cache, retries=retries, stream=stream)
             return replace(source, path=str(folder))

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entrypoint.fetch import http
-from entrypoint.fetch.doors import folders
-from entrypoint.fetch.doors.folders import Listed
+from entrypoint.fetch.doors.folders import Listed, Requests
 from entrypoint.fetch.doors.keys import Keys
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.settings.checks import nearest_existing
@@ -45,11 +44,13 @@ PARTS = "parts"
 
 
 def are_needed(found: Sequence[Listed], cache: Path, *, most: int | None) -> bool:
-    """Whether a place holds shards that are too many to be here all at once.
+    """Whether a place holds shards that are too many to be here all at once. False where it does not say their sizes.
 
     `most`: bytes that images and what is encoded of them may take (MAX_CACHE_GIB); None: what is free.
     """
     names = [name.lower() for name, _, _ in found]
+    if any(size < 0 for _, size, _ in found):
+        return False
     if any(name.endswith(tuple(formats.READABLE_SUFFIXES)) for name in names):
         return False
     total = sum(size for name, size, _ in found if name.lower().endswith(SHARD))
@@ -108,6 +109,7 @@ class _Server:
         from trainer.network.client import open_client
 
         rows = {row[0]: row for row in self.stream.shards}
+        requests = Requests(self.source.public, self.source.location, self.keys, self.retries)
         with open_client(timeout=self.retries.timeout) as client, ThreadPoolExecutor(PARALLEL) as pool:
             while not self.cancelled.wait(LOOK_S) and not self.has_failed:
                 try:
@@ -123,17 +125,14 @@ class _Server:
                 for name in wanted:
                     is_here = (self.stream.root / name).exists() or self.stream.problem_file(name).exists()
                     if not is_here and name not in self.under_way and len(self.under_way) < PARALLEL:
-                        self.under_way[name] = pool.submit(self._bring, client, rows[name])
+                        self.under_way[name] = pool.submit(self._bring, client, requests, rows[name])
 
-    def _bring(self, client: httpx.Client, row: Listed) -> None:
+    def _bring(self, client: httpx.Client, requests: Requests, row: Listed) -> None:
         name = row[0]
         part = self.stream.folder / PARTS / hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16]
         try:
             with naming("CACHE_PATH"):
-                folders.bring_one(
-                    client, self.source.location, row, self.keys, named=f"{self.source.public.rstrip('/')}/{name}",
-                    path=self.stream.root / name, part=part, retries=self.retries,
-                )  # fmt: skip
+                requests.bring(client, row, path=self.stream.root / name, part=part)
         except KilnError as problem:
             if not self.cancelled.is_set():
                 logger.warning("%s", problem)

@@ -21,7 +21,10 @@ from trainer.storage.read import has_link, is_regular
 BETWEEN_STEPS = ("training", "sampling")  # phases in which the trainer looks at what is asked for
 ENDED = ("done", "stopped", "failed")
 # Keys of status.json that the page gets, and their types.
-NUMBERS = ("step", "epoch", "loss", "skipped", "images_per_second", "eta_s", "started", "updated", "saved_step")
+NUMBERS = (
+    *("step", "epoch", "loss", "skipped", "images_per_second", "eta_s", "started", "updated", "saved_step"),
+    *("captioned", "to_caption", "captions_left_s"),
+)
 SAID: dict[str, type | UnionType] = {
     **dict.fromkeys(NUMBERS, int | float),
     "output": str,
@@ -78,7 +81,10 @@ def status_document(served: Served, shown: ShownRun, plan: Plan | None, *, last_
         ends = found.get("updated", 0.0)
     if began and ends:
         found["seconds"] = max(0.0, ends - began)
-    found |= _cost(found, served.price)
+    price = served.price
+    if price is None and plan is not None:
+        price = plan.quote.price_per_hour
+    found |= _cost(found, price)
     found["queued"] = served.is_queued
     found["actions"] = [name for name in served.actions if not why_not(name, shown.phase, plan)]
     return found

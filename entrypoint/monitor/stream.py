@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from anyio import to_thread
 
 from entrypoint.monitor.live import Live
-from entrypoint.monitor.numbers import Document
 
 TICK_S = 1.0  # between two looks at the folder
 LONGEST_S = 80.0  # of one answer
@@ -61,6 +60,8 @@ class Streams:
         self._live = live
         self._looked = 0.0
         self._looking = asyncio.Lock()
+        self._newest = (-1, -1)  # generation and rows of the numbers that `_encoded` is of
+        self._encoded: dict[int, tuple[str, bytes]] = {}  # by the rows that a viewer has: one text serves all of them
         self.count = 0
 
     async def look(self) -> None:
@@ -115,13 +116,15 @@ class Streams:
         is_same = viewer.generation == numbers.generation and viewer.rows <= numbers.rows
         if is_same and viewer.rows == numbers.rows:
             return []
-        name, document = "rows", Document()
-        if is_same and 0 < numbers.rows - viewer.rows <= MOST_ROWS and viewer.rows:
-            document = numbers.since(viewer.rows)
-        else:
-            name, document = "history", numbers.history()
+        has = viewer.rows if is_same and numbers.rows - viewer.rows <= MOST_ROWS else 0
         viewer.generation, viewer.rows = numbers.generation, numbers.rows
-        return [(name, json.dumps(document, separators=(",", ":")).encode())]
+        newest = (numbers.generation, numbers.rows)
+        if self._newest != newest:
+            self._newest, self._encoded = newest, {}
+        if has not in self._encoded:
+            name, document = ("rows", numbers.since(has)) if has else ("history", numbers.history())
+            self._encoded[has] = name, json.dumps(document, separators=(",", ":")).encode()
+        return [self._encoded[has]]
 
     def _log(self, viewer: Viewer) -> list[tuple[str, bytes]]:
         log = self._live.log

@@ -10,11 +10,11 @@ Each `auto`, and each default that depends on something else, is decided in one 
 | which file each part of the model comes from | `single_files` |
 | rank, targets and q/k/v of a LoRA file to start from; whether a state can be resumed | `starting_point` |
 | which layers get adapters | `targets` |
-| which model captions images that have no caption, and what a check says of it | `captioner` |
+| which model captions images that have no caption, and what a check says of it | `captions.captioner` |
 | which text encoders train, and how fast | `text_encoders` |
 | device, precision, memory mode, batch size, compilation, attention | `engine_choice` |
 | whether a batch fits in any memory mode, and the largest that does | `memory_refusal` |
-| how long a step takes on this card, predicted | `step_time` |
+| how long a step takes on this card, and a caption by a model, predicted | `step_time`, `captions.caption_time` |
 | which settings make no sense or have no effect, for a warning | `sanity` |
 
 Five checks stop a job before any download, each with all its problems in one message, in this order: the variables

@@ -72,6 +72,7 @@ def engine_plan(
         memory_limit_gib=settings.engine.memory_limit_gib,
         step_timeout_s=settings.engine.step_timeout,
     )
+    _check_shards(settings, hardware, plan, notes)
     if model.footprint is None or hardware.device == "cpu":
         plan = _unlimited(settings, hardware, plan, notes=notes)
     else:
@@ -175,16 +176,34 @@ def _num_gpus(settings: Settings, hardware: Hardware, notes: Notes) -> int:
     return 1
 
 
+def _check_shards(settings: Settings, hardware: Hardware, plan: EnginePlan, notes: Notes) -> None:
+    """Note weights that are to be sharded over GPUs where they cannot be."""
+    if settings.engine.offload != "shards":
+        return
+    if settings.adapter.lora_type == "dora":
+        notes.add("PARAMS_OFFLOAD=shards does not work with PARAMS_LORA_TYPE=dora. Fix: change one of them.")
+    if plan.num_gpus == 1:
+        notes.add(
+            "PARAMS_OFFLOAD=shards spreads the weights over the GPUs of a job, and this job has one. Fix: set "
+            "NUM_GPUS=2 or more, or PARAMS_OFFLOAD=auto."
+        )
+    elif not hardware.reach_each_other:
+        notes.add(
+            f"PARAMS_OFFLOAD=shards: by their driver, {hardware}, cannot read each other's memory. Fix: set "
+            "PARAMS_OFFLOAD=auto."
+        )
+
+
 def _unlimited(settings: Settings, hardware: Hardware, plan: EnginePlan, *, notes: Notes) -> EnginePlan:
     """The plan for a miniature, which fits anywhere, or for a CPU, where no device memory is short."""
     precision = settings.engine.precision
     if precision == "auto":
         precision = hardware.unquantized_precision
         notes.chose("PARAMS_PRECISION", precision, f"best for {hardware}")
-    if settings.engine.offload not in ("auto", "none") and hardware.device == "cpu":
+    if settings.engine.offload not in ("auto", "none", "shards") and hardware.device == "cpu":
         notes.add(
             f"PARAMS_OFFLOAD={settings.engine.offload} needs an accelerator: on a CPU there is only host memory. "
-            "Allowed: auto, none."
+            "Allowed: auto, none; shards with NUM_GPUS=2 or more."
         )
     elif settings.engine.offload == "weights" and settings.adapter.lora_type == "dora":
         notes.add("PARAMS_OFFLOAD=weights does not work with PARAMS_LORA_TYPE=dora. Fix: change one of them.")
@@ -216,6 +235,7 @@ def _fit_memory(
     `drawn_pixels`: of the largest sample.
     """
     workload = _largest_workload(settings, datasets, rank, footprint)
+    workload = dataclasses.replace(workload, shards=plan.num_gpus if hardware.reach_each_other else 1)
     precisions = hardware.auto_precisions if settings.engine.precision == "auto" else (settings.engine.precision,)
     have_gib = min(hardware.memory_gib, settings.engine.memory_limit_gib or hardware.memory_gib)
     host_gib = hardware.host_memory_gib * PINNED_HOST_SHARE / plan.num_gpus
@@ -230,10 +250,11 @@ def _fit_memory(
         )
 
     if not allowed(workload):
-        notes.add(
-            f"PARAMS_OFFLOAD={settings.engine.offload} needs PARAMS_GRADIENT_CHECKPOINTING=auto or true, and "
-            "PARAMS_OFFLOAD=weights does not work with PARAMS_LORA_TYPE=dora."
-        )
+        if settings.engine.offload != "shards":  # why that cannot be is noted already
+            notes.add(
+                f"PARAMS_OFFLOAD={settings.engine.offload} needs PARAMS_GRADIENT_CHECKPOINTING=auto or true, and "
+                "PARAMS_OFFLOAD=weights does not work with PARAMS_LORA_TYPE=dora."
+            )
         return plan, datasets
     if settings.data.batch_size == 0:
         tried: list[tuple[Workload, Strategy]] = []
@@ -255,6 +276,7 @@ def _fit_memory(
         workload,
         strategy,
         have_gib=have_gib,
+        host_memory_gib=hardware.host_memory_gib,
         drawn_pixels=drawn_pixels,
         datasets=datasets,
         notes=notes,
@@ -354,6 +376,7 @@ def _fit_other_phases(
     strategy: Strategy,
     *,
     have_gib: float,
+    host_memory_gib: float,
     drawn_pixels: int,
     datasets: Sequence[Dataset],
     notes: Notes,
@@ -376,6 +399,14 @@ def _fit_other_phases(
     notes.reasons.append(f"Peaks predicted, in GiB of {have_gib:.0f}: {in_words}.")
     if streamed:
         notes.reasons.append("The text encoders come to the device layer by layer.")
+        whole_gib = phase_peaks(streamed=False, tiled=False)["texts"]
+        if whole_gib > host_memory_gib:
+            least = math.ceil(whole_gib / memory_model.USABLE_SHARE)
+            notes.add(
+                f"The text encoders take {whole_gib:.1f} GiB. They do not fit on the card, and the machine, from which "
+                f"their layers would come one by one, has {host_memory_gib:.0f} GiB. Fix: a machine with more memory, "
+                f"or a card with {least} GiB."
+            )
     if tiled:
         notes.reasons.append("Samples are decoded in tiles, and images encoded one by one.")
     return streamed, tiled

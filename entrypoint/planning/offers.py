@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from entrypoint.planning import summary
+from entrypoint.planning.captions import captioner
 from entrypoint.settings.variables.finish import FinishSettings
 from entrypoint.system import prices
 from entrypoint.system.cards import hardware_of
@@ -36,6 +37,7 @@ class Row(NamedTuple):
     steps: int | None = None
     step_s: float | None = None
     total_s: float | None = None
+    captions: float | None = 0.0  # seconds of `total_s` in which a model captions images
     machines: int = 1  # NODES: each costs the price of the offer
 
     @property
@@ -97,9 +99,12 @@ def make_table(
     if not plans:
         raise problems[0]
     found = summary.scan_here(plans[0], token=token, hub_cache=hub_cache)
+    to_caption = 0
+    if found is not None:
+        to_caption = captioner.outlook(*found, token=token, hub_cache=hub_cache).missing
     rows: list[Row] = []
     for row, plan in planned:
-        rows.append(row if plan is None else _with_quote(row, plan, found))
+        rows.append(row if plan is None else _with_quote(row, plan, found, to_caption))
     rows.sort(key=_order)
     return Table(tuple(rows), found is None, finish)
 
@@ -112,22 +117,30 @@ def together(tables: Sequence[Table]) -> Table:
     for first in tables[0].rows:
         own = [next(row for row in table.rows if row.offer == first.offer) for table in tables]
         refused = [row.why_not for row in own if row.why_not]
-        seconds = [row.total_s for row in own]
         row = Row(first.offer, first.memory_gib, f"{len(own)} jobs", refused[0] if refused else "")
         if not refused:
-            total = None if None in seconds else sum(time for time in seconds if time is not None)
-            row = row._replace(steps=sum(one.steps or 0 for one in own), total_s=total)
+            row = row._replace(
+                steps=sum(one.steps or 0 for one in own),
+                total_s=_sum([one.total_s for one in own]),
+                captions=_sum([one.captions for one in own]),
+            )
         rows.append(row)
     rows.sort(key=_order)
     return Table(tuple(rows), any(table.assumed_steps for table in tables), tables[0].finish)
+
+
+def _sum(seconds: Sequence[float | None]) -> float | None:
+    """None where one of them is not known."""
+    known = [time for time in seconds if time is not None]
+    return sum(known) if len(known) == len(seconds) else None
 
 
 def _order(row: Row) -> tuple[bool, bool, float]:
     return bool(row.why_not), row.cost is None, row.cost or row.offer.per_hour
 
 
-def _with_quote(row: Row, plan: Plan, found: tuple[Plan, Scan] | None) -> Row:
-    """The row with the plan's way and what it takes."""
+def _with_quote(row: Row, plan: Plan, found: tuple[Plan, Scan] | None, to_caption: int) -> Row:
+    """The row with the plan's way and what it takes. `to_caption`: images, by a model."""
     engine = plan.engine
     way = f"{engine.precision}, {described(engine.recompute, engine.kept_blocks, engine.offload)}"
     row = row._replace(way=way, batch=plan.data.datasets[0].batch_size, machines=engine.nodes)
@@ -144,7 +157,10 @@ def _with_quote(row: Row, plan: Plan, found: tuple[Plan, Scan] | None) -> Row:
             datasets.append(dataclasses.replace(here, batch_size=own.batch_size))
         plan = dataclasses.replace(plan, data=dataclasses.replace(local.data, datasets=tuple(datasets)))
         sampler = summary.make_sampler(plan, scanned)
-        plan, steps, predicted = summary.predicted_quote(plan, sampler, first=0, images=len(scanned.images))
+        plan, steps, predicted = summary.predicted_quote(
+            plan, sampler, images=len(scanned.images), to_caption=to_caption
+        )
+        row = row._replace(captions=quote.caption_seconds(plan.quote, to_caption))
     row = row._replace(steps=steps)
     return row if predicted is None else row._replace(step_s=predicted.step, total_s=predicted.total)
 
@@ -185,6 +201,10 @@ def _notes(table: Table, unknown: Sequence[str]) -> list[str]:
     notes = ["Times are predicted from steps that were measured on another card, and are without downloads."]
     if table.fastest is None:
         notes = ["No times: no step of this model was measured."]
+    if any(row.captions is None for row in table.rows):
+        notes.append("Captions by a model (CAPTION_WITH) come on top: no speed of this one is known.")
+    elif any(row.captions for row in table.rows):
+        notes.append("Times are with the captions that a model is to write (CAPTION_WITH).")
     if table.assumed_steps:
         steps = next(row.steps for row in table.rows if row.steps is not None)
         notes.append(f"The images are not on this machine: time and money are for {steps:,} steps without samples.")
@@ -219,6 +239,7 @@ def as_json(table: Table, unknown: Sequence[str]) -> str:
                 "steps": row.steps,
                 "step_seconds": None if row.step_s is None else round(row.step_s, 3),
                 "seconds": None if row.total_s is None else round(row.total_s),
+                "caption_seconds": None if row.captions is None else round(row.captions),
                 "price_per_hour": row.offer.per_hour,
                 "machines": row.machines,
                 "price_seen": row.offer.seen or None,

@@ -19,7 +19,7 @@ from entrypoint.dataset_config.manifest import Manifest
 from entrypoint.dataset_config.sources import HUB_ID
 from entrypoint.fetch import training_adapter
 from entrypoint.planning import sanity, single_files, starting_point, text_encoders
-from entrypoint.planning.captioner import captioner_plan
+from entrypoint.planning.captions.captioner import captioner_plan
 from entrypoint.planning.engine_choice import engine_plan
 from entrypoint.planning.step_time import quote_plan, refuse_too_short
 from entrypoint.planning.targets import check_targets
@@ -31,7 +31,7 @@ from entrypoint.settings.variables.output import OutputSettings
 from entrypoint.settings.variables.training import TrainingSettings
 from entrypoint.system.hardware import Hardware
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import BaseModel, Facts, base_models, get_family, trainable_encoders
+from trainer.spec.family import BaseModel, Facts, base_models, facts_of, trainable_encoders
 from trainer.spec.messages.secrets import without_secrets
 from trainer.spec.optimizers import NOT_OFFERED, OPTIMIZERS, OptimizerSpec
 from trainer.spec.plan import DataPlan, Dataset, LoraPlan, ModelPlan, OptimPlan, OutputPlan, Plan, Prompt, TrainPlan
@@ -63,7 +63,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
     """
     notes = Notes(reasons=[*settings.reasons], warnings=[*settings.warnings])
     family_name, base_model = _base_model(settings.model.base_model)
-    facts = get_family(family_name).FACTS
+    facts = facts_of(family_name, settings.model.base_model)
     model_plan = _model_plan(settings.model, family_name, base_model, facts, notes)
     datasets = complete_datasets(
         manifest, settings.data, model_resolution=base_model.resolution, multiple=facts.multiple, notes=notes
@@ -128,6 +128,7 @@ def _left_to_hardware(settings: Settings) -> tuple[str, ...]:
         "BACKEND": settings.engine.backend == "auto",
         "PARAMS_PRECISION": settings.engine.precision == "auto",
         "PARAMS_BATCH_SIZE": settings.data.batch_size == 0,
+        "PARAMS_OFFLOAD": settings.engine.offload == "auto",
     }
     return tuple(name for name, is_auto in choices.items() if is_auto)
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,15 +22,18 @@ from entrypoint.fetch.doors import folders
 from entrypoint.fetch.doors.keys import NO_KEYS, Keys
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.fetch.hub_dataset import hub_choice
-from entrypoint.planning import captioner, single_files
+from entrypoint.planning import single_files
+from entrypoint.planning.captions import captioner
 from entrypoint.settings.checks import nearest_existing, raise_together
+from entrypoint.system.answers import Answers
+from entrypoint.system.machine import Machine
 from trainer.base_model import model_folder, weight_kinds, without_weights
 from trainer.data.folder_listing import SHARD, Folder, list_folder
 from trainer.data.folders import formats
 from trainer.data.folders.own_output import Written
 from trainer.spec import memory_model
 from trainer.spec.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
-from trainer.spec.family import base_models, get_family
+from trainer.spec.family import base_models, facts_of
 from trainer.spec.plan import AUTO, ModelPlan, Plan, Source, Subset
 from trainer.spec.rules.cache_size import LEAST_BYTES, bytes_per_image
 from trainer.spec.values import printable, some
@@ -74,16 +77,18 @@ def preflight(
     arrivals: Sequence[Arrival] = (),
     keys: Keys = NO_KEYS,
     retries: RetryPolicy = http.USUAL,
+    answers: Answers | None = None,
 ) -> bool:
     """Check all that can be checked before the first large download; asks the network only for what no cache has.
 
     `hub_cache` is where downloads from the Hub are kept (HF_HOME/hub). `arrivals`: files that are still to come from
-    other services, and are checked already. `keys`: of these services, `token`: of the Hub. Returns whether anything
-    will be downloaded to HF_HOME. Raises one error with all problems in its message: SettingsError, GatedError,
-    DataError, StorageError or UnreachableError, the first of these that applies.
+    other services, and are checked already. `keys`: of these services, `token`: of the Hub. `answers`: of other jobs.
+    Returns whether anything will be downloaded to HF_HOME. Raises one error with all problems in its message:
+    SettingsError, GatedError, DataError, StorageError or UnreachableError, the first of these that applies.
     """
     places = {"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": Path(plan.output.cache), "HF_HOME": hub_cache}
     space = NeededSpace(places, plan.output.max_cache_bytes)
+    answers = answers or Answers(Machine())
     problems: list[KilnError] = []
 
     def attempt(check: Callable[[], None]) -> None:
@@ -102,17 +107,17 @@ def preflight(
     if plan.engine.attention == "flash_4" and not flash_attention.is_installed(places["CACHE_PATH"]):
         logger.info("To fetch: FlashAttention 4 with its compiler, %s.", human_size(flash_attention.INSTALL_BYTES))
         space.add("CACHE_PATH", "FlashAttention 4", flash_attention.INSTALL_BYTES)
-    attempt(partial(_check_model, plan, space, token=token, hub_cache=hub_cache, retries=retries))
+    attempt(partial(_check_model, plan, space, answers, token=token, hub_cache=hub_cache, retries=retries))
     attempt(partial(_check_captioner, plan, space, token=token, hub_cache=hub_cache, retries=retries))
     attempt(partial(_check_training_adapter, plan.model, space, token=token, hub_cache=hub_cache, retries=retries))
     for source, cache_bytes in _cache_bytes_per_image(plan).items():
         if any(isinstance(problem, UnreachableError) for problem in problems):
             # It has been waited for long enough once: the same network will not answer the next request either.
             retries = replace(retries, budget=0.0)
-        attempt(partial(_check_source, source, cache_bytes, space, token=token, keys=keys, retries=retries))
+        attempt(partial(_check_source, source, cache_bytes, space, answers, token=token, keys=keys, retries=retries))
     for variable in ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME"):
         if variable != "HF_HOME" or space.parts["HF_HOME"]:
-            attempt(partial(_check_writable, variable, places[variable]))
+            attempt(partial(_check_writable, variable, places[variable], answers))
     if not any(isinstance(p, StorageError) for p in problems):
         problems += _full_volumes(space, all_known=not problems, rolls=plan.engine.nodes == 1)
     raise_together(problems)
@@ -139,12 +144,14 @@ def _check_resume(resume_from: str | None) -> None:
         )
 
 
-def _check_model(plan: Plan, space: NeededSpace, *, token: str | None, hub_cache: Path, retries: RetryPolicy) -> None:
+def _check_model(
+    plan: Plan, space: NeededSpace, answers: Answers, *, token: str | None, hub_cache: Path, retries: RetryPolicy
+) -> None:
     """Check the base model, and add the space that it and the checkpoints will take. Names its licence first."""
     licence = base_models()[plan.model.base][1].licence
     if licence is not None:
         logger.info("Licence of %s, and so of its LoRAs: %s. %s", plan.model.base, licence.name, licence.allows)
-    model_bytes = _model_bytes(plan.model, space, token=token, hub_cache=hub_cache, retries=retries)
+    model_bytes = _model_bytes(plan.model, space, answers, token=token, hub_cache=hub_cache, retries=retries)
     lora_bytes, state_bytes = _save_bytes(plan, model_bytes)
     # Where that is left to the job, it keeps more LoRA files if there is room (trainer.job.saving).
     keep = AUTOMATIC_CHECKPOINTS if plan.output.keep_checkpoints == AUTO else plan.output.keep_checkpoints
@@ -179,10 +186,10 @@ def _save_bytes(plan: Plan, model_bytes: int) -> tuple[float, float]:
 
 
 def _model_bytes(
-    model: ModelPlan, space: NeededSpace, *, token: str | None, hub_cache: Path, retries: RetryPolicy
+    model: ModelPlan, space: NeededSpace, answers: Answers, *, token: str | None, hub_cache: Path, retries: RetryPolicy
 ) -> int:
     """Bytes of the model's files, converted ones included. Checks the files: a folder's headers, else their names."""
-    facts = get_family(model.family).FACTS
+    facts = facts_of(model.family, model.base)
     patterns = model_folder.file_patterns(facts, model.parts)
     converted_bytes = single_files.converted_bytes(model)
     space.add("CACHE_PATH", "converted weights", converted_bytes)
@@ -195,17 +202,18 @@ def _model_bytes(
         return converted_bytes
     variable = model_folder.variable(model)
     if folder := fetch.local_model(model):
-        model_folder.check_kind(variable, folder, model)
-        model_folder.check_folder(variable, folder, patterns, facts)
+        same = (variable, folder, repr(model))
+        answers.of(model_folder.check_kind, variable, folder, model, by=same)
+        answers.of(model_folder.check_folder, variable, folder, patterns, facts, by=same)
         logger.info("To fetch for the model: nothing. %s is here.", folder)
-        return _weight_bytes(folder) + converted_bytes
+        return answers.of(_weight_bytes, folder) + converted_bytes
     repo = fetch.model_repo(model, token=token, hub_cache=hub_cache, retries=retries)
-    cached = fetch.cached_model(repo, patterns, facts)
+    cached = answers.of(fetch.cached_model, repo, patterns, facts, by=(repo, patterns, model.family))
     if cached is not None:
         logger.info("To fetch for the model: nothing. HF_HOME has %s at commit %s.", repo.name, cached.commit[:12])
-        return _weight_bytes(cached.folder) + converted_bytes
+        return answers.of(_weight_bytes, cached.folder) + converted_bytes
     try:
-        return _download_bytes(repo, patterns, space) + converted_bytes
+        return _download_bytes(repo, patterns, space, answers) + converted_bytes
     except (GatedError, UnreachableError) as problem:
         variables = without_weights.missing_parts(model, weight_kinds.VARIABLES)
         if not variables:
@@ -215,15 +223,15 @@ def _model_bytes(
         ) from problem
 
 
-def _download_bytes(repo: hub.Repo, patterns: tuple[str, ...], space: NeededSpace) -> int:
+def _download_bytes(repo: hub.Repo, patterns: tuple[str, ...], space: NeededSpace, answers: Answers) -> int:
     """Bytes of the files to download, after a check that they are complete and that they may be read."""
-    listing = hub.describe(repo)
+    listing = answers.of(hub.describe, repo)
     names = [file.name for file in listing.files]
     model_folder.check_names(repo.variable, names, patterns)
     needed = model_folder.wanted(names, patterns)
     files = [file for file in listing.files if file.name in needed]
     total_bytes = sum(file.size for file in files)
-    hub.check_access(repo, listing, "model_index.json")
+    answers.of(hub.check_access, repo, listing, "model_index.json")
     for file in sorted(files, key=lambda file: -file.size):
         if file.size >= LOGGED_FILE_MIN_BYTES:
             logger.info("To fetch: %s/%s, %s.", repo.name, file.name, human_size(file.size))
@@ -249,7 +257,14 @@ def _check_captioner(
 
 
 def _check_source(
-    source: Source, cache_bytes: int, space: NeededSpace, *, token: str | None, keys: Keys, retries: RetryPolicy
+    source: Source,
+    cache_bytes: int,
+    space: NeededSpace,
+    answers: Answers,
+    *,
+    token: str | None,
+    keys: Keys,
+    retries: RetryPolicy,
 ) -> None:
     """Check one source of images, and add the space that it and its encoded images will take.
 
@@ -265,11 +280,11 @@ def _check_source(
             names = [printable(name) for name in folder.all_names()]
             raise DataError(f"{fetch.named(source)}: {_without_images(source, names)}")
     elif source.kind == "hub":
-        count = _check_hub_dataset(source, space, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
+        count = _check_hub_dataset(source, space, answers, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
     elif source.kind == "bucket":
-        count = _check_bucket(source, space, keys, retries=retries)
+        count = _check_bucket(source, space, answers, replace(keys, hub=token), retries=retries)
     elif fetch.is_url(source):
-        count = _check_url(source, space, replace(keys, hub=token), retries=retries) // TYPICAL_IMAGE_BYTES
+        count = _check_url(source, space, answers, replace(keys, hub=token), retries=retries) // TYPICAL_IMAGE_BYTES
     else:
         path = fetch.local_archive(source)
         if not archive.has_file(path, formats.READABLE_SUFFIXES):
@@ -309,61 +324,77 @@ def _archive_without_images(path: Path) -> str:
     return f"there is no image among its first entries. Read are {known}. It holds {held}."
 
 
-def _check_hub_dataset(source: Source, space: NeededSpace, *, token: str | None, retries: RetryPolicy) -> int:
+def _check_hub_dataset(
+    source: Source, space: NeededSpace, answers: Answers, *, token: str | None, retries: RetryPolicy
+) -> int:
     """The bytes of the files that will be downloaded; 0 if they are unpacked already."""
     repo = fetch.dataset_repo(source, token=token, hub_cache=space.places["HF_HOME"], retries=retries)
     if fetch.cached_dataset(source, repo, space.places["CACHE_PATH"]):
         return 0
-    listing = fetch.describe_dataset(source, repo)
+    listing = answers.of(fetch.describe_dataset, source, repo)
     chosen = set(hub_choice.choose(repo.variable, repo.name, [file.name for file in listing.files]).names)
     files = [file for file in listing.files if file.name in chosen]
     with_images = (*formats.READABLE_SUFFIXES, *hub_choice.STREAMED, *hub_choice.ARCHIVES)
     if not any(name.lower().endswith(with_images) for name in chosen):
         raise DataError(f"{repo.variable}: {formats.why_none(sorted(chosen))}")
-    hub.check_access(repo, listing, files[0].name)
+    answers.of(hub.check_access, repo, listing, files[0].name)
     size = sum(file.size for file in files)
     space.add("HF_HOME", f"the dataset {repo.name}", hub.missing_bytes(repo, files))
     space.add("CACHE_PATH", f"the images of {repo.name}", size * UNPACKED_BYTES_PER_ARCHIVE_BYTE)
     return size
 
 
-def _check_bucket(source: Source, space: NeededSpace, keys: Keys, *, retries: RetryPolicy) -> int:
+def _check_bucket(source: Source, space: NeededSpace, answers: Answers, keys: Keys, *, retries: RetryPolicy) -> int:
     """The number of images in a bucket that will be downloaded; 0 if an earlier run has all that is there now."""
     named = fetch.named(source)
-    _, found = folders.missing(named, source.location, keys, cache=space.places["CACHE_PATH"], retries=retries)
+    cache = space.places["CACHE_PATH"]
+    found = answers.of(_missing, source, keys, retries, cache, by=(source, _as_key(keys), retries, cache))
     if not found:
         return 0
-    is_stream = streams.are_needed(found, space.places["CACHE_PATH"], most=space.most)
     names = [name for name, _, _ in found]
     images = [name for name in names if name.lower().endswith(tuple(formats.READABLE_SUFFIXES))]
-    size = sum(size for _, size, _ in found)
+    are_known = all(size >= 0 for _, size, _ in found)
+    size = sum(size if size >= 0 else TYPICAL_IMAGE_BYTES for _, size, _ in found)
     count = len(images)
     if not images and any(name.lower().endswith(SHARD) for name in names):
         count = -(-size // TYPICAL_IMAGE_BYTES)
     if not count:
         raise DataError(f"{named}: {formats.why_none(names)}")
-    if is_stream:
-        logger.info("To stream: %s, %d files, %s.", named, len(found), human_size(size))
+    shown = human_size(size) if are_known else "of sizes that are known once they come"
+    if streams.are_needed(found, cache, most=space.most):
+        logger.info("To stream: %s, %d files, %s.", named, len(found), shown)
         return count
-    logger.info("To fetch: %s, %d files, %s.", named, len(found), human_size(size))
+    logger.info("To fetch: %s, %d files, %s.", named, len(found), shown)
     space.add("CACHE_PATH", "the files of the bucket", size)
     return count
 
 
-def _check_url(source: Source, space: NeededSpace, keys: Keys, *, retries: RetryPolicy) -> int:
+def _check_url(source: Source, space: NeededSpace, answers: Answers, keys: Keys, *, retries: RetryPolicy) -> int:
     """The bytes of an archive that will be downloaded; 0 if an earlier run has unpacked it."""
     if fetch.known_download(source, space.places["CACHE_PATH"]) is not None:
         return 0
-    size = fetch.remote_archive(source, keys, retries=retries).size or 0
+    size = answers.of(_archive_size, source, keys, retries, by=(source, _as_key(keys), retries)) or 0
     # The download stays until it is unpacked, so that both are there at once.
     space.add("CACHE_PATH", "the download and its images", size * (1 + UNPACKED_BYTES_PER_ARCHIVE_BYTE))
     return size
 
 
+def _missing(source: Source, keys: Keys, retries: RetryPolicy, cache: Path) -> list[folders.Listed]:
+    return folders.missing(fetch.named(source), source.location, keys, cache=cache, retries=retries)[1]
+
+
+def _archive_size(source: Source, keys: Keys, retries: RetryPolicy) -> int | None:
+    return fetch.remote_archive(source, keys, retries=retries).size
+
+
+def _as_key(keys: Keys) -> Hashable:
+    return (keys.hub, keys.civitai, tuple(sorted(keys.hosts.items())), tuple(sorted(keys.clouds.items())))
+
+
 # ---- places
 
 
-def _check_writable(variable: str, place: Path) -> None:
+def _check_writable(variable: str, place: Path, answers: Answers) -> None:
     """Write, flush and delete a file where `place` is, or will be made: some volumes fail on a write only."""
     longest = max(len(os.fsencode(name)) for name in place.parts)
     if longest > LONGEST_NAME_BYTES:
@@ -374,17 +405,23 @@ def _check_writable(variable: str, place: Path) -> None:
     folder = nearest_existing(place)
     if not folder.is_dir():
         raise SettingsError(f"{variable}={place}: {folder} is a file. Name a folder.")
+    try:
+        answers.of(_probe, folder)
+    except OSError as problem:
+        raise StorageError(
+            f"{variable}={place} cannot be written: {problem.strerror} (as user {os.getuid()}, in {folder}). Mount a "
+            f"volume that this user may write to, or choose another place with {variable}."
+        ) from problem
+
+
+def _probe(folder: Path) -> None:
+    """Raises OSError where no file can be written."""
     probe = folder / f".kiln-probe-{uuid.uuid4().hex[:8]}"
     try:
         with probe.open("wb") as file:
             file.write(bytes(4096))
             file.flush()
             os.fsync(file.fileno())
-    except OSError as problem:
-        raise StorageError(
-            f"{variable}={place} cannot be written: {problem.strerror} (as user {os.getuid()}, in {folder}). Mount a "
-            f"volume that this user may write to, or choose another place with {variable}."
-        ) from problem
     finally:
         probe.unlink(missing_ok=True)
 

@@ -14,7 +14,9 @@ H200, but do fill a small card, which then is faster than predicted.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+from entrypoint.planning.captions.caption_time import caption_times
 from entrypoint.settings.checks import Notes
 from entrypoint.settings.variables.finish import FinishSettings
 from entrypoint.system.cards import card_of
@@ -72,7 +74,14 @@ def quote_plan(plan: Plan, footprint: Footprint | None, hardware: Hardware, fini
     price = finish.price_per_hour
     if price is not None:
         price *= plan.engine.nodes
-    known = QuotePlan(price_per_hour=price, limit_hours=limit_hours, limit=limit)
+    captions = caption_times(plan.data.captioner, hardware)
+    known = QuotePlan(
+        caption_s=captions.image,
+        captioner_s=captions.load,
+        price_per_hour=price,
+        limit_hours=limit_hours,
+        limit=limit,
+    )
     speed = speed_of(hardware)
     # How much slower DoRA is, and text encoders that train, was not measured.
     if footprint is None or speed is None or plan.lora.kind == "dora" or plan.optim.text_encoders:
@@ -85,15 +94,13 @@ def quote_plan(plan: Plan, footprint: Footprint | None, hardware: Hardware, fini
         batch_s.append(taken)
     slower = MEASURED_ON.tflops_16 / speed.tflops_16
     megapixels = max(math.prod(dataset.resolution) for dataset in plan.data.datasets) / 2**20
-    return QuotePlan(
+    return replace(
+        known,
         card=card_of(hardware) or "",
         batch_s=tuple(batch_s),
         round_s=_round_seconds(plan, footprint, speed),
         start_s=START_S,
         image_s=(CAPTION_S + LATENT_S_PER_MEGAPIXEL * megapixels) * slower,
-        price_per_hour=price,
-        limit_hours=limit_hours,
-        limit=limit,
     )
 
 

@@ -16,17 +16,20 @@ from typing import Any, NamedTuple
 
 from entrypoint.fetch import archive, fetch, http
 from entrypoint.fetch.doors import folders
-from entrypoint.planning import captioner
+from entrypoint.planning.captions import captioner
 from entrypoint.system import environment
+from entrypoint.system.answers import Answers
+from entrypoint.system.machine import Machine
 from trainer.data import caption_length
+from trainer.data.compact.seen import SeenFiles
 from trainer.data.epochs import EpochSampler
 from trainer.data.folders.own_output import Written
 from trainer.data.identity import content_changes, fingerprint
 from trainer.data.records import WARNING, ImageRecord, Scan
 from trainer.data.scan import cpu_workers, scan
 from trainer.spec import memory_model
-from trainer.spec.family import base_models, get_family, lora_formats
-from trainer.spec.plan import Dataset, Plan, Source
+from trainer.spec.family import base_models, facts_of, lora_formats
+from trainer.spec.plan import DataPlan, Dataset, ModelPlan, Plan, Source
 from trainer.spec.rules import automatic, outlook, quote, sanity
 from trainer.storage.atomic import human_size
 from trainer.storage.choose_run import choose
@@ -43,19 +46,22 @@ class Summary:
     figures: dict[str, Any] | None = None  # None: not all images are on this machine
 
 
-def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_captions: bool = False) -> Summary:
+def log_summary(
+    plan: Plan, *, token: str | None, hub_cache: Path, estimate_captions: bool = False, answers: Answers | None = None
+) -> Summary:
     """Scan the images that are on this machine, and log what the job will do with them.
 
-    `estimate_captions`: where no tokenizer is here, warn of captions that are too long for any. Raises DataError where
-    the trainer would: no usable image, or too many unusable ones.
+    `estimate_captions`: where no tokenizer is here, warn of captions that are too long for any. `answers`: of other
+    jobs. Raises DataError where the trainer would: no usable image, or too many unusable ones.
     """
+    answers = answers or Answers(Machine())
     lines: list[str] = []
 
     def say(line: str, level: int = logging.INFO) -> None:
         log.log(level, "%s", line)
         lines.append(line)
 
-    found = scan_here(plan, token=token, hub_cache=hub_cache)
+    found = scan_here(plan, token=token, hub_cache=hub_cache, answers=answers)
     if found is None:
         return Summary()
     local_plan, scanned = found
@@ -64,7 +70,7 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
     for line in scanned.report().splitlines():
         level = logging.WARNING if WARNING in line or line.startswith("  skipped ") else logging.INFO
         say(line.replace(WARNING, ""), level)
-    for line in captions.lines:
+    for line in captions.lines(plan.quote):
         say(line)
     # Captions that are still to be made are content: which run this is, the trainer knows once it has them.
     compare = None if captions.missing else content_changes(fingerprint(scanned.images), None)
@@ -79,7 +85,7 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
     for line in _describe(lengths, sampler):
         say(line)
     first = choice.run.step if choice.run is not None else 0
-    quoted = _quoted(lengths, sampler, first=first, images=len(scanned.images))
+    quoted = _quoted(lengths, sampler, first=first, images=len(scanned.images), to_caption=captions.missing)
     for line in quoted.lines:
         say(line)
     if quoted.warning:
@@ -87,7 +93,7 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
     images = {"found": scanned.num_found, "used": len(scanned.images), "to_caption": captions.missing}
     figures = {"images": images, **_figures(lengths, sampler)}
     figures["quote"] = quoted.figures
-    for line in long_captions(local_plan, sampler, hub_cache=hub_cache, estimate=estimate_captions):
+    for line in long_captions(local_plan, sampler, answers, hub_cache=hub_cache, estimate=estimate_captions):
         say(line, logging.WARNING)
     length = sanity.Length(lengths.total, lengths.steps_per_epoch, len(scanned.images))
     for warning in sanity.warnings(local_plan, length):
@@ -95,14 +101,17 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
     return Summary(tuple(lines), figures)
 
 
-def scan_here(plan: Plan, *, token: str | None, hub_cache: Path) -> tuple[Plan, Scan] | None:
+def scan_here(
+    plan: Plan, *, token: str | None, hub_cache: Path, answers: Answers | None = None
+) -> tuple[Plan, Scan] | None:
     """The plan with local folders, and a scan of them; None, which the log explains, where images are elsewhere."""
+    answers = answers or Answers(Machine())
     folders: dict[Source, Path | None] = {}
     for dataset in plan.data.datasets:
         for subset in dataset.subsets:
             source = subset.source
             if source not in folders:
-                folders[source] = local_copy(source, cache=Path(plan.output.cache), token=token, hub_cache=hub_cache)
+                folders[source] = answers.of(local_copy, source, Path(plan.output.cache), token, hub_cache)
     missing = [source for source, folder in folders.items() if folder is None and source.kind != "generated"]
     for source in missing:
         log.info("%s is not on this machine yet: its images and captions are known once it is.", source.public)
@@ -115,7 +124,10 @@ def scan_here(plan: Plan, *, token: str | None, hub_cache: Path) -> tuple[Plan, 
 
     local_plan = plan.map_sources(local)
     places = {"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": Path(plan.output.cache), "HF_HOME": hub_cache.parent}
-    scanned = _scan(local_plan, Written(places))
+    written = Written(places)
+    data = local_plan.data
+    seen = answers.of(SeenFiles) if answers.several else None
+    scanned = answers.of(_scan, data, written, seen, by=(data, _touching(data, written)))
     # With the subsets that names of folders make.
     return dataclasses.replace(local_plan, data=scanned.data), scanned
 
@@ -132,15 +144,27 @@ def make_sampler(plan: Plan, scanned: Scan) -> EpochSampler:
 
 
 def predicted_quote(
-    plan: Plan, sampler: EpochSampler, *, first: int, images: int
+    plan: Plan, sampler: EpochSampler, *, images: int, to_caption: int
 ) -> tuple[Plan, int, quote.Quote | None]:
-    """The plan with its lengths, its steps, and the quote for those after `first`. `images`: to encode."""
+    """The plan with its lengths, its steps, and the quote for all of them.
+
+    `images`: to encode. `to_caption`: by a model.
+    """
     lengths = _lengths(plan, sampler)
-    return lengths.plan, lengths.total, _predict(lengths, sampler, first=first, images=images)
+    return lengths.plan, lengths.total, _predict(lengths, sampler, first=0, images=images, to_caption=to_caption)
 
 
-def _predict(lengths: _Lengths, sampler: EpochSampler, *, first: int, images: int) -> quote.Quote | None:
-    return quote.predict(lengths.plan, first=first, total=lengths.total, images=images, examples=sampler.buckets)
+def _predict(
+    lengths: _Lengths, sampler: EpochSampler, *, first: int, images: int, to_caption: int
+) -> quote.Quote | None:
+    return quote.predict(
+        lengths.plan,
+        first=first,
+        total=lengths.total,
+        images=images,
+        examples=sampler.buckets,
+        to_caption=to_caption,
+    )
 
 
 class _Lengths(NamedTuple):
@@ -191,19 +215,20 @@ class _Quoted(NamedTuple):
     figures: dict[str, Any] | None
 
 
-def _quoted(lengths: _Lengths, sampler: EpochSampler, *, first: int, images: int) -> _Quoted:
-    """How long the steps after `first` take and what they cost. `images`: to encode."""
+def _quoted(lengths: _Lengths, sampler: EpochSampler, *, first: int, images: int, to_caption: int) -> _Quoted:
+    """How long the steps after `first` take and what they cost. `images`: to encode. `to_caption`: by a model."""
     plan, total = lengths.plan, lengths.total
-    predicted = _predict(lengths, sampler, first=first, images=images)
+    predicted = _predict(lengths, sampler, first=first, images=images, to_caption=to_caption)
     if first >= total:
         return _Quoted([], None, None)
-    lines = quote.describe(plan, predicted, first=first, total=total)
+    lines = quote.describe(plan, predicted, first=first, total=total, to_caption=to_caption)
     if predicted is None:
         return _Quoted(lines, None, None)
     price = plan.quote.price_per_hour
     figures = {
         "card": plan.quote.card,
         "step_seconds": round(predicted.step, 3),
+        "caption_seconds": None if to_caption and not predicted.captions else round(predicted.captions),
         "seconds": round(predicted.total),
         "cost": round(price * predicted.total / quote.HOUR_S, 2) if price else None,
         "is_measured": False,
@@ -211,13 +236,14 @@ def _quoted(lengths: _Lengths, sampler: EpochSampler, *, first: int, images: int
     return _Quoted(lines, quote.limit_warning(plan, predicted, first=first, total=total), figures)
 
 
-def long_captions(plan: Plan, sampler: EpochSampler, *, hub_cache: Path, estimate: bool) -> list[str]:
+def long_captions(plan: Plan, sampler: EpochSampler, answers: Answers, *, hub_cache: Path, estimate: bool) -> list[str]:
     """Lines about captions and prompts that the text encoder does not read to their end, as a job has them.
 
     `estimate`: where its tokenizer is not on this machine, name those that are too long in any case.
     """
-    facts = get_family(plan.model.family).FACTS
-    reader = caption_length.load_light_reader(plan.model, max_tokens=plan.train.max_token_length, hub_cache=hub_cache)
+    facts = facts_of(plan.model.family, plan.model.base)
+    most = plan.train.max_token_length
+    reader = answers.of(_light_reader, plan.model, most, hub_cache, by=(repr(plan.model), most, hub_cache))
     if reader is None:
         log.info("Whether a caption is too long for the text encoder is known once its tokenizer is on this machine.")
         if not estimate:
@@ -229,7 +255,11 @@ def long_captions(plan: Plan, sampler: EpochSampler, *, hub_cache: Path, estimat
     return lines + caption_length.describe_prompts(reader, plan.prompts)
 
 
-def local_copy(source: Source, *, cache: Path, token: str | None, hub_cache: Path) -> Path | None:
+def _light_reader(model: ModelPlan, max_tokens: int, hub_cache: Path) -> caption_length.Reader | None:
+    return caption_length.load_light_reader(model, max_tokens=max_tokens, hub_cache=hub_cache)
+
+
+def local_copy(source: Source, cache: Path, token: str | None, hub_cache: Path) -> Path | None:
     """The folder with a source's images, if it is on this machine; None: it must be downloaded or drawn.
 
     An archive on this machine is unpacked into the cache, where the job finds it.
@@ -268,7 +298,26 @@ def _describe(lengths: _Lengths, sampler: EpochSampler) -> list[str]:
     return lines
 
 
-def _scan(plan: Plan, written: Written) -> Scan:
+def _touching(data: DataPlan, written: Written) -> tuple[tuple[str, str], ...]:
+    """The folders that a job writes to, as far as they are in a folder of the dataset, or around one.
+
+    No others change what a scan finds.
+    """
+    roots = []
+    for subset in data.subsets:
+        root = Path(subset.source.path)
+        roots += [os.path.realpath(root), os.path.realpath(root / (subset.conditioning_data_dir or "."))]
+    found = []
+    for variable, folder in written.folders.items():
+        place = os.path.realpath(folder)
+        for root_path in roots:
+            if f"{place}/".startswith(f"{root_path}/") or f"{root_path}/".startswith(f"{place}/"):
+                found.append((variable, place))
+                break
+    return tuple(found)
+
+
+def _scan(data: DataPlan, written: Written, seen: SeenFiles | None) -> Scan:
     """All images, decoded. A large dataset takes minutes, so the log shows how far it is."""
     last = time.monotonic()
 
@@ -279,8 +328,8 @@ def _scan(plan: Plan, written: Written) -> Scan:
             log.info("Read %d of %d images.", done, total)
 
     with environment.offline(os.environ):  # which the processes that read images inherit
-        scanned = scan(plan.data, cpu_workers=cpu_workers(), progress=progress, written=written)
-    scanned.check(strict=plan.data.strict)
+        scanned = scan(data, cpu_workers=cpu_workers(), progress=progress, written=written, seen=seen)
+    scanned.check(strict=data.strict)
     return scanned
 
 

@@ -113,7 +113,7 @@ def expand(environ: Mapping[str, str]) -> tuple[QueuedJob, ...]:
             given |= combination
             parts += [_part(name, value) for name, value in combination.items()]
             said = [place] if place else []
-            said += [f"{name}={show(value)}" for name, value in combination.items()]
+            said += [f"{name}={_shown(value)}" for name, value in combination.items()]
             if len(own_bases) > 1:
                 said.append(f"BASE_MODEL={base}")
             found.append(("_".join(parts), ", ".join(said), given))
@@ -191,10 +191,16 @@ def _labels(lines: Sequence[Mapping[str, str]]) -> list[str]:
 
 def _part(name: str, value: str) -> str:
     """A piece of a name: "network_dim-8"; of what names a model or images, its last word alone."""
+    if "://" in value:  # what stands before the host or behind a ? may be a key, and names of jobs become files
+        value = addresses.shown(value)
     last = re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     if name in ("BASE_MODEL", "DATASET_NAME"):
         return _safe(last)
     return _safe(f"{name.removeprefix('PARAMS_').lower()}-{last}")
+
+
+def _shown(value: str) -> str:
+    return addresses.shown(value) if "://" in value else show(value)
 
 
 def _safe(text: str) -> str:

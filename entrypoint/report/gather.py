@@ -12,7 +12,7 @@ from typing import Any
 
 from entrypoint.report.metric_rows import VALIDATION, metric_row
 from trainer.data.decode import read_sample
-from trainer.spec.family import BaseModel, Facts, base_models, get_family
+from trainer.spec.family import BaseModel, Facts, base_models, facts_of
 from trainer.spec.plan import Plan
 from trainer.storage import json_files, own_files, run_records
 from trainer.storage.read import read_text
@@ -77,7 +77,7 @@ class Gathered:
     @property
     def facts(self) -> Facts | None:
         known = base_models().get(self.base_name)
-        return get_family(known[0]).FACTS if known else None
+        return facts_of(known[0], self.base_name) if known else None
 
     @property
     def base_repository(self) -> str:

@@ -16,7 +16,7 @@ from entrypoint.report.elements import bullets, clock_if_known, number, pairs, q
 from entrypoint.report.gather import NO_STEP, Gathered, LoraFile, Sample
 from entrypoint.report.samples import data_address, thumbnail
 from trainer import __version__
-from trainer.spec.messages import noise_bands
+from trainer.spec.messages import noise_bands, trend
 from trainer.spec.messages.usage import prompting
 from trainer.spec.plan import AUTO, Plan
 from trainer.storage.atomic import human_size
@@ -59,7 +59,8 @@ def _first_facts(run: Gathered, *, price: float | None) -> list[tuple[str, str]]
     losses = _column(run, "loss")
     if losses:
         _, last = smoothed(losses)[-1]
-        rows.append(("Loss, smoothed", f"{last:.4f}"))
+        found = trend.risen([loss for _, loss in losses])
+        rows.append(("Loss, smoothed", f"{last:.4f}; {found}" if found else f"{last:.4f}"))
     if run.validations:
         _, newest = run.validations[-1]
         step, least = min(run.validations, key=lambda validation: validation[1])
@@ -424,6 +425,16 @@ def plan(run: Gathered) -> str:
     return "".join(parts)
 
 
+def _batch_size(size: int, accumulated: int, processes: int) -> str:
+    """Images of a micro-batch, and what makes a step of several."""
+    words = str(size)
+    if accumulated > 1:
+        words += f", {accumulated} times a step"
+    if processes > 1:
+        words += f", on each of {processes} GPUs"
+    return words
+
+
 def settings(plan: Plan) -> list[tuple[str, object]]:
     """The settings that people compare, by words for them; "" or None where one is off."""
     optim, train, lora, engine = plan.optim, plan.train, plan.lora, plan.engine
@@ -442,7 +453,7 @@ def settings(plan: Plan) -> list[tuple[str, object]]:
         ("Weight decay", f"{optim.weight_decay:g}"),
         ("Steps", train.max_steps or ""),
         ("Epochs", epochs),
-        ("Batch size", f"{dataset.batch_size} × {train.gradient_accumulation} × {engine.processes}"),
+        ("Batch size", _batch_size(dataset.batch_size, train.gradient_accumulation, engine.processes)),
         ("Resolution", f"{dataset.resolution[0]}×{dataset.resolution[1]}"),
         ("Timesteps", train.timestep_sampling),
         ("Noise offset", f"{train.noise_offset:g}"),

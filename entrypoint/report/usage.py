@@ -6,8 +6,10 @@ import json
 
 from entrypoint.report.gather import Gathered
 from entrypoint.system.environment import REPOSITORY
+from trainer.spec.family import BaseModel, Facts
 from trainer.spec.messages.usage import DIFFUSERS_SUFFIX
 from trainer.spec.plan import Prompt
+from trainer.spec.prompts import has_embedded_guidance
 
 LOCAL_BASE = "FOLDER_OF_THE_BASE_MODEL"
 
@@ -41,7 +43,7 @@ def diffusers_code(run: Gathered, *, place: str) -> str:
         f"pipe = {pipeline}.from_pretrained({json.dumps(base)}, torch_dtype={dtype}).to({json.dumps(device)})",
         f"pipe.load_lora_weights({json.dumps(place)}, weight_name={json.dumps(file, ensure_ascii=False)})",
         "image = pipe(",
-        *[f"    {argument}," for argument in _arguments(run, has_guidance=bool(facts.prompt_guidance))],
+        *[f"    {argument}," for argument in _arguments(run, facts, run.base)],
         ").images[0]",
         'image.save("image.png")',
     ]
@@ -53,24 +55,30 @@ def _inside(folder: str) -> str:
     return folder.removeprefix(f"{REPOSITORY}/")
 
 
-def _arguments(run: Gathered, *, has_guidance: bool) -> list[str]:
+def _arguments(run: Gathered, facts: Facts, base: BaseModel) -> list[str]:
     prompt = run.plan.prompts[0] if run.plan and run.plan.prompts else None
     if prompt is None:
         words = f"{run.triggers[0]}, " if run.triggers else ""
-        return [json.dumps(f"{words}what you want to see", ensure_ascii=False)]
-    return [json.dumps(prompt.text, ensure_ascii=False), *_numbers(prompt, has_guidance=has_guidance)]
+        return [f"prompt={_quoted(f'{words}what you want to see')}"]
+    numbers = [f"num_inference_steps={prompt.steps}", f"width={prompt.width}", f"height={prompt.height}"]
+    numbers.append(f'generator=torch.Generator("cpu").manual_seed({prompt.seed})')
+    return [f"prompt={_quoted(prompt.text)}", *_guidance(prompt, facts, base), *numbers]
 
 
-def _numbers(prompt: Prompt, *, has_guidance: bool) -> list[str]:
+def _guidance(prompt: Prompt, facts: Facts, base: BaseModel) -> list[str]:
+    """The pipeline's arguments for both kinds of guidance, embedded and classifier-free."""
     found = []
-    if prompt.negative:
-        found.append(f"negative_prompt={json.dumps(prompt.negative, ensure_ascii=False)}")
-    if has_guidance:  # embedded; CFG has a name of its own there
+    if has_embedded_guidance(facts, base):
         found.append(f"guidance_scale={prompt.guidance:g}")
-        if prompt.cfg > 1:
-            found.append(f"true_cfg_scale={prompt.cfg:g}")
-    else:
-        found.append(f"guidance_scale={prompt.cfg:g}")
-    found += [f"num_inference_steps={prompt.steps}", f"width={prompt.width}", f"height={prompt.height}"]
-    found.append(f'generator=torch.Generator("cpu").manual_seed({prompt.seed})')
+    if not facts.draws_with_cfg:
+        return found
+    goes_by_negative = facts.pipeline_cfg == "true_cfg_scale"  # such a pipeline draws once where it is given none
+    if prompt.negative or (goes_by_negative and prompt.cfg > 1):
+        found.append(facts.pipeline_negative.format(_quoted(prompt.negative)))
+    if prompt.cfg > 1 or not goes_by_negative:
+        found.append(f"{facts.pipeline_cfg}={prompt.cfg - 1 + facts.pipeline_cfg_none:g}")
     return found
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

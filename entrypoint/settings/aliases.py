@@ -6,6 +6,7 @@ refused with what to write instead. `docs/settings.md` has these tables, printed
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 
@@ -266,7 +267,8 @@ def meant_variable(name: str, value: str) -> str | None:
     return _own_names().get(key) or VARIABLES.get(key)
 
 
-def _own_names() -> dict[str, str]:
+@functools.cache  # all names of an environment are looked up in it, and those of each job of a queue
+def _own_names() -> Mapping[str, str]:
     return {plain(name): name for name in NAMES}
 
 

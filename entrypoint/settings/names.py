@@ -6,6 +6,7 @@ Mistyped names are refused; a name that may be another program's is never refuse
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -104,6 +105,7 @@ def _warn_of_single_word(name: str, text: str, meant: str, found: Mapping[str, s
     notes.warn(f"{name}={show(text)} is not read, since it may belong to another program. For this job, set {meant}.")
 
 
+@functools.lru_cache(maxsize=4096)  # each job of a queue has the same environment
 def _mistyped(name: str) -> str | None:
     """The problem with PARAMS_* that do not exist, and with names one edit away from one that does.
 
@@ -123,19 +125,21 @@ def _mistyped(name: str) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=4096)
 def _perhaps_mistyped(name: str) -> str | None:
     """The variable that is two edits away from a longer name."""
     if len(name) < MIN_LENGTH_FOR_TWO_EDITS:
         return None
     upper = name.upper()
-    candidates = {known: known for known in NAMES} | _without_prefix()
+    candidates = {known: known for known in NAMES} | {**_without_prefix()}
     for bare, known in candidates.items():
         if upper[0] == bare[0] and edits_apart(upper, bare, limit=2) <= 2:
             return known
     return None
 
 
-def _without_prefix() -> dict[str, str]:
+@functools.cache
+def _without_prefix() -> Mapping[str, str]:
     """LEARNING_RATE → PARAMS_LEARNING_RATE; without single words, like SEED, which belong to other programs too."""
     bare = {name.removeprefix(PREFIX): name for name in NAMES if name.startswith(PREFIX)}
     return {short: name for short, name in bare.items() if "_" in short}

@@ -106,9 +106,12 @@ ANY_CARD = (
     "nvidia",
     "8.6",
 )  # what a size alone stands for: the oldest architecture that people still buy for this work
+# Cards whose driver lets no other one read their memory, as far as they have no bridge.
+GAMING = re.compile(r"(GTX|RTX) \d{4}( Ti)?( Super)?( D)?( \d+GB)?")
 MIN_MIB, MAX_MIB = 2 * 1024, 1024 * 1024
 MIN_HOST_GIB = 32.0  # the least that RunPod's pods with a 24 GB card have
 ASSUMED_CPUS = 8
+LONGEST_NAME = 100  # characters of a card's name; the patterns below take quadratic time
 SAME_MEMORY = 0.02  # by how much two cards of one model may differ in memory: ECC takes some
 
 
@@ -117,7 +120,9 @@ def hardware_of(text: str) -> Hardware:
 
     Its host memory is taken to be twice the card's, at least `MIN_HOST_GIB`. Raises SettingsError for an unknown name.
     """
-    match = re.fullmatch(r"\s*(?:(\d{1,2})\s*[x×*]\s*)?(.+?)\s*", text.casefold())
+    match = None
+    if len(text) <= LONGEST_NAME:
+        match = re.fullmatch(r"\s*(?:(\d{1,2})\s*[x×*]\s*)?(.+?)\s*", text.casefold())
     if match is None:
         raise SettingsError(f"--gpu {show(text)} is not a card. Fix: give its name, such as 'RTX 4090', or '12 GB'.")
     count = int(match[1] or 1)
@@ -132,7 +137,8 @@ def hardware_of(text: str) -> Hardware:
     name = card.name if card in CARDS else ""  # a size alone is no name
     if re.search(r"\bpcie\b", match[2]):  # its variants differ in speed (entrypoint.system.speeds)
         name += " PCIe"
-    return Hardware(card.vendor, card.architecture, memory_gib, count, "", host_gib, cpus, name)
+    reach = GAMING.fullmatch(card.name) is None
+    return Hardware(card.vendor, card.architecture, memory_gib, count, "", host_gib, cpus, name, reach_each_other=reach)
 
 
 def card_of(hardware: Hardware) -> str | None:

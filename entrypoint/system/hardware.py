@@ -33,6 +33,7 @@ _FASTEST = ("fp8", "bf16", "fp16", "int8", "int8-storage", "fp8-storage", "nf4")
 _FASTEST_AMD = ("bf16", "fp8", "int8-storage", "fp8-storage", "nf4")
 FIELDS = ("index", "compute_cap", "memory.total", "driver_version", "name")
 QUERY = ("nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits")
+TOPOLOGY = ("nvidia-smi", "topo", "-p2p", "r")
 DEVICE_FILES = ("/dev/nvidia*", "/dev/kfd", "/dev/dri/renderD*")  # what a program must be able to open
 QUERY_TIMEOUT_S = 30.0  # without persistence mode the driver takes seconds to wake up
 TORCH_BUILDS = {"nvidia": "cuda", "amd": "hip"}  # vendor → the attribute of torch.version that a build for it sets
@@ -61,6 +62,7 @@ class Hardware:
     host_memory_gib: float
     cpu_count: int
     name: str = ""  # of the devices, as their driver has it; "" where it does not say, or they differ
+    reach_each_other: bool = True  # each reads the others' memory; also where it is not known, and the trainer tries
 
     @property
     def device(self) -> str:
@@ -300,7 +302,32 @@ def _nvidia(
         count=len(rows),
         driver=rows[0][3],
         name=rows[0][4] if len({row[4] for row in rows}) == 1 else "",
+        reach_each_other=len(rows) == 1 or _reach_each_other([row[0] for row in rows], run),
     )
+
+
+def _reach_each_other(indices: Sequence[str], run: Callable[..., subprocess.CompletedProcess[str]]) -> bool:
+    """Whether nvidia-smi says that all these GPUs read each other's memory, or does not say.
+
+    It prints a matrix: a line for each GPU, with X for itself and OK, or why not (NS, CNS, GNS, TNS), for the others.
+    """
+    try:
+        environment = child_environment(os.environ)
+        answer = run(TOPOLOGY, env=environment, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return True
+    names = [f"GPU{index}" for index in indices]
+    columns: list[str] = []
+    for line in answer.stdout.splitlines() if answer.returncode == 0 else ():
+        # In terminals, the names are underlined.
+        cells = re.sub(r"\x1b\[[0-9;]*m", "", line).split()
+        if not columns and cells[:1] == ["GPU0"]:
+            columns = cells
+        elif columns and cells[:1] and cells[0] in names:
+            of_others = dict(zip(columns, cells[1:], strict=False))
+            if any(of_others.get(name, "OK") not in ("X", "OK") for name in names):
+                return False
+    return True
 
 
 def _visible(rows: list[list[str]], visible: str | None) -> list[list[str]]:

@@ -101,6 +101,12 @@ def test_several_processes_are_measured_against_one(capsys):
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [(row["gpus"], row["batch"]) for row in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert all(row["of_linear"] == 1 for row in rows[:2]) and all(row["of_linear"] > 0 for row in rows)
+    assert all("own_gib" not in row for row in rows)
+    for what in (("--what", "bf16+all+eager"), ("--shapes", "1")):
+        given = ["--family", "flux", "--small", *what, "--batch", "1", "--gpus", "2", "--steps", "1", "--sharded"]
+        assert main(["gpus", *given]) == 0
+        (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+        assert row["own_gib"] > 0 and row["read_gb_s"] > 0 and row["images_s"] > 0
 
 
 def test_rows_are_told_as_they_end_and_what_they_said_is_kept(tmp_path, capsys, monkeypatch):

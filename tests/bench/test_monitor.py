@@ -12,8 +12,15 @@ from bench import monitor
 def test_the_step_is_the_median_of_those_between_two_moments():
     times = [0.0, 1.0, 2.0, 4.0, 8.0, 16.0]
     assert monitor.median_step(times, 0.5, 9.0) == 2.0 and math.isnan(monitor.median_step(times, 3.0, 7.0))
-    assert monitor.core_step(times, monitor.Window(0.5, 9.0, 0.0, 2.0)) == 0.5
-    assert math.isnan(monitor.core_step(times, monitor.Window(20.0, 21.0, 0.0, 2.0)))
+
+
+def test_what_a_step_spends_is_that_of_the_best_second():
+    """Steps of 0.25 s. Two of the three seconds are shared with others; each ends in the middle of a step."""
+    times = [0.25 * number for number in range(40)]
+    slices = ((1.1, 10.0), (2.1, 10.9), (3.1, 11.5), (4.1, 12.6))
+    assert monitor.steps_by(times, 2.1) == pytest.approx(9.4)
+    assert monitor.core_step(times, monitor.Window(0.0, slices)) == pytest.approx(0.6 / 4)
+    assert math.isnan(monitor.core_step(times, monitor.Window(0.0, ((20.0, 0.0), (21.0, 2.0)))))
 
 
 def test_two_halves_are_compared_round_by_round():
@@ -21,11 +28,11 @@ def test_two_halves_are_compared_round_by_round():
     seen = {"without": [], "with": []}
     for number in range(9):
         load = 50.0 if number == 4 else 1.0
-        seen["without"].append(monitor.Window(0.0, 1.0, 0.0, 0.10 * (number + 1)))
-        seen["with"].append(monitor.Window(0.0, 1.0, 0.0, 0.101 * (number + 1) * load))
+        seen["without"].append(monitor.Window(0.10 * (number + 1), ()))
+        seen["with"].append(monitor.Window(0.101 * (number + 1) * load, ()))
     for kind, spent in (("without", math.nan), ("with", 1.0)):  # other programs had the cores all the while
-        seen[kind].append(monitor.Window(0.0, 1.0, 0.0, spent))
-    found = monitor.compared("core", seen, lambda window: window.trainer_s)
+        seen[kind].append(monitor.Window(spent, ()))
+    found = monitor.compared("core", seen, lambda window: window.server_s)
     assert found["core_slower_percent"] == 1.0 and found["core_between"][0] == 1.0
     assert found["core_ms_without"] == 500.0
 

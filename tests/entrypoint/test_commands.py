@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 )
 def test_the_first_argument_chooses(monkeypatch, arguments, check):
     asked = []
-    monkeypatch.setattr(entrypoint, "job", lambda environ, *, check, prefetch, card, report: asked.append(check) or 0)
+    monkeypatch.setattr(entrypoint, "job", lambda _environ, *, check, **_others: asked.append(check) or 0)
     assert entrypoint.main(arguments) == 0
     assert asked == [check]
 
@@ -109,7 +109,7 @@ def test_a_card_that_cannot_train_is_refused(photographs, caplog, card, message)
 
 @pytest.mark.parametrize("arguments", [["trian"], ["check", "more"]])
 def test_an_unknown_command_is_a_wrong_command_line(monkeypatch, capsys, arguments):
-    monkeypatch.setattr(entrypoint, "job", lambda environ, *, check, prefetch, card, report: pytest.fail("it ran"))
+    monkeypatch.setattr(entrypoint, "job", lambda *_arguments, **_others: pytest.fail("it ran"))
     assert entrypoint.main(arguments) == 64
     assert "train" in capsys.readouterr().err
 
@@ -200,6 +200,7 @@ TO_NOWHERE = [  # commands that answer with text alone, and their exit codes wit
     (["entrypoint.health"], [0, 0, 0]),
     (["entrypoint.health", "now"], [64, 64, 64]),
     (["entrypoint", "--help-env"], [74, 0, 0]),  # its text is its result, unless nobody wants it
+    (["entrypoint", "--check", "--json"], [78, 78, 78]),  # a refusal stays one
     (["trainer.export", "--help"], [0, 0, 0]),
 ]
 
@@ -223,6 +224,37 @@ print(codes)
 """
     done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == (f"{codes}\n", "")
+
+
+def test_json_of_a_check_that_is_lost_is_no_success(tmp_path):
+    """Whoever reads it would take the code for the answer."""
+    draw(64, 64, seed=1).save(tmp_path / "a.png")
+    environ = {"PATH": os.environ["PATH"], "BASE_MODEL": "mini-flux", "DATASET_NAME": str(tmp_path)}
+    for name in ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME"):
+        environ[name] = str(tmp_path / name.lower())
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "entrypoint", "--check", "--json"]
+        done = subprocess.run(command, cwd=ROOT, env=environ, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 74
+    assert "Checked: this job can run" in done.stderr
+
+
+def test_a_place_for_temporary_files_that_cannot_be_is_named(tmp_path):
+    """No file may be larger than 8 KiB here, so that no place works, the cache included."""
+    script = "; ".join(
+        (
+            "import resource, sys",
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))",
+            "from entrypoint.__main__ import main",
+            "sys.exit(main(['--check']))",
+        )
+    )
+    environ = {"PATH": os.environ["PATH"], "BASE_MODEL": "mini-flux", "DATASET_NAME": str(tmp_path)}
+    environ |= {"CACHE_PATH": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert done.returncode == 74, done.stderr
+    assert "Temporary files can be written nowhere: File too large" in done.stderr and "ulimit" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 BAKE = [

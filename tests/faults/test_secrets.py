@@ -156,7 +156,8 @@ def test_nothing_in_a_variable_becomes_a_command(job, tmp_path):
         code, printed = job.run(
             "--check", TRIGGER_WORD=text, OUTPUT_PATH=str(tmp_path / str(i) / text.replace("/", ""))
         )
-        assert code == 0, printed
+        is_unexpanded = "${" in text  # a variable of a shell in a path is refused as it stands
+        assert code == (78 if is_unexpanded else 0), printed
     assert not list(tmp_path.rglob("made")) and not os.path.exists("made")
 
 

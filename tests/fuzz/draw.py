@@ -179,6 +179,7 @@ PATHS = (
     "..",
 )
 DEPTHS = (*[30] * 19, 1200)  # of folders in folders; the deepest takes a hundred times as long as any other file
+HOLES = (*[2**20] * 19, 2**27)  # bytes of a file that is small enough to be read; the largest takes long as well
 OPTIMIZER_ARGS = (
     "betas=0.9,0.99",
     "betas=(0.9, 0.99)",
@@ -252,7 +253,7 @@ def odd_file(rng: random.Random) -> Any:
             {"kind": "link", "to": "nothing"},
             {"kind": "link", "to": "/proc/self/maps"},
             {"kind": "sparse", "size": 2**40},
-            {"kind": "sparse", "size": 2**27},
+            {"kind": "sparse", "size": rng.choice(HOLES)},
             {"kind": "deep", "depth": rng.choice(DEPTHS)},
             {"kind": "nested", "open": "[", "close": "]", "times": 1200},
             {"kind": "nested", "open": '{"a":', "close": "}", "times": 1200},

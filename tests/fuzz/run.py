@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
-import functools
+import gc
 import hashlib
 import logging
 import multiprocessing
@@ -18,9 +18,12 @@ import os
 import random
 import resource
 import sys
+import threading
 import time
 import traceback
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +34,7 @@ from tests.fuzz import targets
 from tests.fuzz.targets import CORPUS, TARGETS, Target
 
 SLOW_S = 1.0  # for one input
-MEMORY_BYTES = 3 * 2**30  # of address space, in addition to the program's at its start
+TAKEN = 10  # inputs that a process takes at once
 MAX_INPUT_BYTES = 100_000
 
 
@@ -98,6 +101,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3600, help="in all, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
+    memory = "of address space for each process, beside what it has at its start; some allocators keep what was freed"
+    parser.add_argument("--memory-gib", type=float, default=3.0, help=memory)
+    parser.add_argument("--found", type=Path, default=CORPUS, help="the folder for inputs that fail")
     parser.add_argument("--only", choices=TARGETS, action="append")
     parser.add_argument("--atheris", choices=TARGETS)
     flags = parser.parse_args()
@@ -107,61 +113,150 @@ def main() -> int:
     import trainer.job.run
     import trainer.lora_files.convert  # noqa: F401
 
-    chosen = flags.only or [*TARGETS]
-    inputs = flags.inputs // len(chosen) // flags.processes
-    failed = total = 0
-    peak_kib = 0
-    for name in chosen:
-        began = time.monotonic()
-        seeds = [f"{name} {flags.seed} {i}" for i in range(flags.processes)]
-        share = functools.partial(fuzz, name, inputs, flags.seconds / len(chosen))
-        context = multiprocessing.get_context("fork")
-        with concurrent.futures.ProcessPoolExecutor(flags.processes, context, _limited) as pool:
-            found = [*pool.map(share, seeds)]
-        count = sum(part.count for part in found)
-        kinds = {kind: failure for part in found for kind, failure in part.kinds.items()}
-        for problem, data in kinds.values():
-            place = CORPUS / name / f"found-{hashlib.sha256(data).hexdigest()[:12]}"
-            place.parent.mkdir(exist_ok=True)
-            place.write_bytes(TARGETS[name].as_kept(data))
-            print(f"{name}: {place.name}: {problem}")
-        took = time.monotonic() - began
-        print(f"{name}: {count} inputs in {took:.0f} s, {len(kinds)} kinds of failure", flush=True)
-        total, failed = total + count, failed + len(kinds)
-        peak_kib = max(peak_kib, *(part.peak_kib for part in found))
-    print(f"{total} inputs, {failed} failures; peak memory {peak_kib / 1024:.0f} MiB")
+    began = time.monotonic()
+    found = campaign(tuple(flags.only or TARGETS), flags)
+    for name, of_target in found.items():
+        rate = of_target.count / max(of_target.cpu_s, 1.0)
+        kinds = f"{len(of_target.kinds)} kinds of failure"
+        print(f"{name}: {of_target.count} inputs, {rate:.0f} a second of CPU time, {kinds}")
+    total = sum(of_target.count for of_target in found.values())
+    failed = sum(len(of_target.kinds) for of_target in found.values())
+    peak_mib = max(of_target.peak_kib for of_target in found.values()) / 1024
+    took = time.monotonic() - began
+    print(f"{total} inputs in {took:.0f} s, {failed} failures; peak memory {peak_mib:.0f} MiB")
     return 1 if failed else 0
 
 
+# ---- many processes
+
+
 class Found(NamedTuple):
-    """What one process has found. `kinds`: the last line of a failure → all of it, and its input."""
+    """What was found of a target. `kinds`: the last line of a failure → all of it, and its input."""
 
     count: int
     kinds: dict[str, tuple[str, bytes]]
     peak_kib: int
+    cpu_s: float  # of all processes together
 
 
-def _limited() -> None:
+class Share:
+    """The inputs that are left, which all processes take from, and the time at which they end."""
+
+    def __init__(self, chosen: Sequence[str], flags: argparse.Namespace) -> None:
+        self.chosen = chosen
+        self.left = {name: multiprocessing.Value("q", flags.inputs // len(chosen)) for name in chosen}
+        self.ends = time.monotonic() + flags.seconds
+
+    def take(self, name: str) -> int:
+        """How many inputs of a target a process may try next."""
+        left = self.left[name]
+        with left:
+            taken: int = min(TAKEN, left.value)
+            left.value -= taken
+        return taken
+
+
+class Worker:
+    """A process that goes through all targets. What it is about to try is seen from here, also once it has crashed."""
+
+    def __init__(self, share: Share, *, seed: str, memory_gib: float) -> None:
+        self.current = multiprocessing.RawArray("B", 8 + MAX_INPUT_BYTES)  # the length of the input, and the input
+        self.told, tells = multiprocessing.Pipe(duplex=False)
+        context = multiprocessing.get_context("fork")
+        self.process = context.Process(target=self._work, args=(share, seed, memory_gib, tells))
+        self.process.start()
+        tells.close()
+
+    def _work(self, share: Share, seed: str, memory_gib: float, tells: Connection) -> None:
+        _limit(memory_gib)
+        for number, name in enumerate(share.chosen):
+            began = time.monotonic()
+            tells.send(name)
+            until = began + (share.ends - began) / (len(share.chosen) - number)
+            tells.send(fuzz(name, share, until=until, seed=f"{name} {seed}", trying=self._trying))
+        targets.remove_scratch()
+
+    def _trying(self, data: bytes) -> None:
+        record = len(data).to_bytes(8, "little") + data
+        memoryview(self.current).cast("B")[: len(record)] = record
+
+    def found(self) -> Iterator[tuple[str, Found]]:
+        """What it finds of each target, until its end."""
+        name = ""
+        try:
+            while True:
+                name = self.told.recv()
+                yield name, self.told.recv()
+                name = ""
+        except EOFError:
+            self.process.join()
+        if name:
+            record = bytes(self.current)
+            data = record[8 : 8 + int.from_bytes(record[:8], "little")]
+            problem = f"the process ended with {self.process.exitcode}"
+            yield name, Found(1, {problem: (problem, data)}, 0, 0.0)
+
+
+def campaign(chosen: Sequence[str], flags: argparse.Namespace) -> dict[str, Found]:
+    """All that is found of each target. An input that fails is written and printed as soon as its process is done."""
+    share = Share(chosen, flags)
+    found = dict.fromkeys(chosen, Found(0, {}, 0, 0.0))
+    workers = []
+    for number in range(flags.processes):
+        workers.append(Worker(share, seed=f"{flags.seed} {number}", memory_gib=flags.memory_gib))
+    one_at_a_time = threading.Lock()
+
+    def listen(worker: Worker) -> None:
+        for name, part in worker.found():
+            with one_at_a_time:
+                so_far = found[name]
+                for kind, (problem, data) in part.kinds.items():
+                    if kind not in so_far.kinds:
+                        print(
+                            f"{name}: {_written(flags.found / name, TARGETS[name].as_kept(data))}: {problem}",
+                            flush=True,
+                        )
+                kinds = {**part.kinds, **so_far.kinds}
+                peak_kib = max(so_far.peak_kib, part.peak_kib)
+                found[name] = Found(so_far.count + part.count, kinds, peak_kib, so_far.cpu_s + part.cpu_s)
+
+    with concurrent.futures.ThreadPoolExecutor(flags.processes) as pool:
+        list(pool.map(listen, workers))
+    return found
+
+
+def _written(folder: Path, data: bytes) -> str:
+    place = folder / f"found-{hashlib.sha256(data).hexdigest()[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(data)
+    return place.name
+
+
+def _limit(memory_gib: float) -> None:
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_BYTES, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (size + int(memory_gib * 2**30), resource.RLIM_INFINITY))
 
 
-def fuzz(name: str, inputs: int, seconds: float, seed: str) -> Found:
-    """Mutate the corpus of one target."""
+def fuzz(name: str, share: Share, *, until: float, seed: str, trying: Callable[[bytes], None]) -> Found:
+    """Mutate the corpus of one target. `trying`: is told each input before it is tried."""
     target = TARGETS[name]
     known = targets.seeds()[name]
     rng = random.Random(seed)
-    began = time.monotonic()
+    began = time.process_time()
     kinds: dict[str, tuple[str, bytes]] = {}
     count = 0
-    while count < inputs and time.monotonic() - began < seconds:
-        data = rng.randbytes(8) if target.is_run else mutated(rng, rng.choice(known), target.words, known)
-        problem = attempt(target, data)
-        count += 1
-        if problem:
-            kinds.setdefault(problem.strip().splitlines()[-1][:60], (problem, data))
-    targets.remove_scratch()
-    return Found(count, kinds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    while time.monotonic() < until and (taken := share.take(name)):
+        for _ in range(taken):
+            data = rng.randbytes(8) if target.is_run else mutated(rng, rng.choice(known), target.words, known)
+            trying(data)
+            problem = attempt(target, data)
+            count += 1
+            if problem:
+                kinds.setdefault(problem.strip().splitlines()[-1][:60], (problem, data))
+        if count == taken:  # all is imported by now, and need not be looked through by each collection of garbage
+            gc.collect()
+            gc.freeze()
+    return Found(count, kinds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time() - began)
 
 
 def guided(name: str, inputs: int, seconds: float) -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import logging
+import math
 import os
 import signal
 import socket
 import stat
 import struct
 import threading
+import time
 import unicodedata
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -27,6 +30,7 @@ from trainer.spec.log_lines import LineFormatter
 LONGEST_LINE = 2_000  # characters
 MOST_LINES = 120  # of one message
 HANGS_S = 30.0  # of the clock: only something that waits takes so long
+MOVED = "to-be-removed-"  # the name of a folder that is moved up
 Content = str | dict[str, Any]
 
 
@@ -63,12 +67,21 @@ def _make(root: Path, place: Path, content: Content) -> None:
         with place.open("wb") as file:
             file.truncate(int(content["size"]))
     elif kind == "deep":
-        path = str(place)
-        for _ in range(int(content["depth"])):  # mkdir(parents=True) would recurse
-            os.mkdir(path)
-            path += "/d"
+        place.mkdir()
+        _make_deep(place, int(content["depth"]) - 1)
     elif kind == "folder":
         place.mkdir()
+
+
+def _make_deep(place: Path, depth: int) -> None:
+    """Folders in folders. Each is made from the one above, since a path of all names takes longer with each."""
+    folder = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=folder)
+        inner = os.open("d", os.O_RDONLY | os.O_DIRECTORY, dir_fd=folder)
+        os.close(folder)
+        folder = inner
+    os.close(folder)
 
 
 def data_of(content: Content) -> bytes:
@@ -96,6 +109,7 @@ def data_of(content: Content) -> bytes:
     return buffer.getvalue()
 
 
+@functools.lru_cache(maxsize=4096)
 def drawn(width: int, height: int, kind: str, colour: int) -> bytes:
     buffer = io.BytesIO()
     image = Image.new(
@@ -115,7 +129,7 @@ def weights(tensors: Mapping[str, Any], metadata: Any) -> bytes:
         count = sizes.get(dtype, 4)
         for side in shape:
             count *= max(0, side)
-        count = min(count, 2**20)
+        count = min(count, 2**16)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + count]}
         pieces.append(bytes([fill]) * count)
         end += count
@@ -126,26 +140,61 @@ def weights(tensors: Mapping[str, Any], metadata: Any) -> bytes:
 
 def state_of(root: Path) -> dict[str, tuple[int, int, int]]:
     """Every file and folder below `root` with its type, size and time."""
-    found = {}
-    folders = [os.fspath(root)]
-    for folder in folders:  # os.walk and rmtree would recurse, and folders are 1,200 deep here
-        for entry in os.scandir(folder):
-            status = entry.stat(follow_symlinks=False)
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(entry.path)
-                found[entry.path] = (status.st_mode, 0, 0)
-            else:
-                found[entry.path] = (status.st_mode, status.st_size, status.st_mtime_ns)
+    found: dict[str, tuple[int, int, int]] = {}
+    top = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    left = [(top, f"{root}/", _listed(top, f"{root}/", found))]
+    # Folders are 1,200 deep here: os.walk would recurse, and paths from the root would be long. So each folder is
+    # opened from the one above, which is closed once its last is open.
+    while left:
+        parent, path, folders = left[-1]
+        if not folders:
+            os.close(parent)
+            left.pop()
+            continue
+        name = folders.pop()
+        inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+        if not folders:
+            os.close(parent)
+            left.pop()
+        below = f"{path}{name}/"
+        left.append((inner, below, _listed(inner, below, found)))
     return found
 
 
+def _listed(folder: int, path: str, found: dict[str, tuple[int, int, int]]) -> list[str]:
+    """Adds to `found` what is in an open folder, whose path ends in a slash; the names of its folders."""
+    folders = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            status = entry.stat(follow_symlinks=False)
+            if stat.S_ISDIR(status.st_mode):
+                folders.append(entry.name)
+                found[path + entry.name] = (status.st_mode, 0, 0)
+            else:
+                found[path + entry.name] = (status.st_mode, status.st_size, status.st_mtime_ns)
+    return folders
+
+
 def emptied(root: Path) -> None:
-    """Remove all that is in `root`."""
-    for path, (mode, _, _) in reversed(state_of(root).items()):
-        if stat.S_ISDIR(mode):
-            os.rmdir(path)
-        else:
-            os.unlink(path)
+    """Remove all that is in `root`. Folders in folders are moved up first, so that no path is long."""
+    moved = 0
+    left = [os.fspath(root)]
+    while left:
+        folder = left.pop()
+        with os.scandir(folder) as entries:
+            inside = [(entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries]
+        for path, is_folder in inside:
+            if not is_folder:
+                os.unlink(path)
+            elif folder == os.fspath(root):
+                left.append(path)
+            else:
+                moved += 1
+                place = f"{root}/{MOVED}{moved}"
+                os.rename(path, place)
+                left.append(place)
+        if folder != os.fspath(root):
+            os.rmdir(folder)
 
 
 # ---- what a program says and takes
@@ -170,7 +219,7 @@ class Heard:
                 found.append(f"a line of {len(longest)} characters: {longest[:200]!r} … {longest[-100:]!r}")
             if len(lines) > MOST_LINES:
                 found.append(f"a message of {len(lines)} lines: {message[:200]!r}")
-            raw = [letter for letter in message if _is_raw(letter)]
+            raw = [letter for letter in sorted(set(message)) if _is_raw(letter)]
             if raw:
                 at = message.index(raw[0])
                 found.append(f"the raw character {raw[0]!r} in {message[max(0, at - 120) : at + 60]!r}")
@@ -209,6 +258,29 @@ def listening() -> Iterator[Heard]:
         logging.disable(disabled)
 
 
+class _Watchdog(threading.Thread):
+    """Sends SIGUSR2 to this process at `ends`. One thread watches all runs: the start of a thread waits for a core."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.ends = math.inf  # seconds, as time.monotonic has them
+
+    def run(self) -> None:
+        while True:
+            time.sleep(1.0)
+            if time.monotonic() > self.ends:
+                os.kill(os.getpid(), signal.SIGUSR2)
+                self.ends = math.inf
+
+
+@functools.cache
+def _watchdog(_process: int) -> _Watchdog:
+    """That of a process. A fork takes no threads along, so it has its own."""
+    made = _Watchdog()
+    made.start()
+    return made
+
+
 @contextlib.contextmanager
 def bounded(cpu_s: float) -> Iterator[None]:
     """Raises TooSlowError in what takes longer: of CPU time, or of the clock where it only waits."""
@@ -220,13 +292,12 @@ def bounded(cpu_s: float) -> Iterator[None]:
 
     before = {number: signal.signal(number, end) for number in (signal.SIGPROF, signal.SIGUSR2)}
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
-    watchdog = threading.Timer(HANGS_S, lambda: os.kill(os.getpid(), signal.SIGUSR2))
-    watchdog.daemon = True
-    watchdog.start()
+    watchdog = _watchdog(os.getpid())
+    watchdog.ends = time.monotonic() + HANGS_S
     try:
         yield
     finally:
-        watchdog.cancel()
+        watchdog.ends = math.inf
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)  # of MAX_RUNTIME
         for number, handler in before.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import shutil
 import struct
 import tempfile
@@ -39,20 +41,20 @@ class Target:
 
 
 def folder() -> Path:
-    """A scratch folder in memory."""
-    global _scratch
-    if _scratch is None:
-        shm = Path("/dev/shm")
-        _scratch = Path(tempfile.mkdtemp(prefix="kiln-fuzz-", dir=shm if shm.is_dir() else None))
-    return _scratch
+    """A scratch folder in memory, of this process."""
+    return _folder(os.getpid())
 
 
-_scratch: Path | None = None
+@functools.cache
+def _folder(_process: int) -> Path:
+    shm = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="kiln-fuzz-", dir=shm if shm.is_dir() else None))
 
 
 def remove_scratch() -> None:
     """Remove this process's scratch folders."""
     shutil.rmtree(folder())
+    _folder.cache_clear()
     whole.end()
 
 

@@ -1,16 +1,20 @@
 """A short version of tests/fuzz/run.py: the corpus, and some mutations of it."""
 
+import argparse
 import json
 import logging
+import os
 import random
+import signal
+import time
 import warnings
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz import sandbox, whole
-from tests.fuzz.run import attempt, mutated
+from tests.fuzz import sandbox, targets, whole
+from tests.fuzz.run import attempt, campaign, mutated
 from tests.fuzz.targets import TARGETS, Target, seeds
 
 KNOWN = seeds()
@@ -28,6 +32,7 @@ def quiet():
         logging.disable(logging.CRITICAL)
         yield
         logging.disable(logging.NOTSET)
+    targets.remove_scratch()
 
 
 @every_target
@@ -78,6 +83,68 @@ def test_a_run_that_hangs_or_writes_outside_is_noticed(monkeypatch):
     assert "of CPU time" in attempt(TARGETS["check"], case)
 
 
+def test_what_is_below_a_folder_is_seen_and_removed_however_deep_it_is(tmp_path):
+    """Compared with os.walk, which needs no links followed either."""
+    files = {
+        "a/b/c.txt": "x",
+        "a/d/e/f.txt": "xy",
+        "a/loop": {"kind": "link", "to": "{S}"},
+        "fifo": {"kind": "fifo"},
+        "deep": {"kind": "deep", "depth": 30},
+    }
+    sandbox.make(tmp_path, files)
+    walked = {}
+    for folder, folders, names in os.walk(tmp_path):
+        for name in [*folders, *names]:
+            path = f"{folder}/{name}"
+            walked[path] = os.lstat(path).st_mode
+    seen = sandbox.state_of(tmp_path)
+    assert {path: mode for path, (mode, _, _) in seen.items()} == walked
+    assert seen[f"{tmp_path}/a/d/e/f.txt"][1] == 2
+    assert len([path for path in seen if path.startswith(f"{tmp_path}/deep")]) == 30
+    sandbox.make(tmp_path, {"deeper": {"kind": "deep", "depth": 1200}})
+    assert len(sandbox.state_of(tmp_path)) == len(seen) + 1200
+    sandbox.emptied(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def _flags(tmp_path, **changes):
+    plain = {"inputs": 30, "seconds": 60.0, "seed": 1, "processes": 2, "memory_gib": 3.0, "found": tmp_path}
+    return argparse.Namespace(**plain | changes)
+
+
+def test_the_processes_of_a_campaign_share_its_inputs_and_end_in_time(tmp_path, monkeypatch):
+    found = campaign(["prompts", "datasets"], _flags(tmp_path))
+    assert [(name, of_target.count) for name, of_target in found.items()] == [("prompts", 15), ("datasets", 15)]
+    monkeypatch.setitem(TARGETS, "prompts", Target(lambda _: time.sleep(0.05), ()))
+    began = time.monotonic()
+    found = campaign(["prompts", "datasets"], _flags(tmp_path, inputs=2_000_000, seconds=2.0))
+    assert 2.0 <= time.monotonic() - began < 20.0
+    assert found["prompts"].count > 0
+    assert found["datasets"].count > 0
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_input_that_crashes_a_process_is_kept(tmp_path, monkeypatch, capfd):
+    """Whoever reads an input may take the process with it: then this process knows the input."""
+
+    def crash(data):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setitem(TARGETS, "prompts", Target(crash, (), is_run=True))
+    found = campaign(["prompts"], _flags(tmp_path, processes=1))
+    assert list(found["prompts"].kinds) == ["the process ended with -9"]
+    kept = [place.read_bytes() for place in (tmp_path / "prompts").iterdir()]
+    assert kept == [random.Random("prompts 1 0").randbytes(8)]
+    assert "prompts: found-" in capfd.readouterr().out
+
+
+def test_memory_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setitem(TARGETS, "prompts", Target(lambda _: bytes(2**30), (), is_run=True))
+    assert list(campaign(["prompts"], _flags(tmp_path, memory_gib=0.5))["prompts"].kinds) == ["MemoryError"]
+    assert campaign(["prompts"], _flags(tmp_path, memory_gib=3.0))["prompts"].kinds == {}
+
+
 @pytest.mark.parametrize("name", ["settings", "images", "archives", "lora", "state"])
 def test_a_reader_that_lets_another_error_out_is_noticed(name):
     """The test can fail."""
@@ -85,8 +152,6 @@ def test_a_reader_that_lets_another_error_out_is_noticed(name):
 
 
 def test_a_reader_that_hangs_is_noticed():
-    import time
-
     began = time.process_time()
 
     def busy(_):

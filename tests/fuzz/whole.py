@@ -24,6 +24,7 @@ from entrypoint.fetch.http import RetryPolicy
 from entrypoint.fetch.hub_dataset import hub_rows
 from entrypoint.planning import summary
 from entrypoint.settings.variables import NAMES
+from entrypoint.system.machine import Machine
 from tests.fuzz import draw, sandbox
 from tests.fuzz.draw import Case
 from trainer.data import report, scan
@@ -41,8 +42,13 @@ class UnexpectedError(AssertionError):
     """What must not happen."""
 
 
-@functools.cache
 def root() -> Path:
+    """The sandbox of this process."""
+    return _root(os.getpid())
+
+
+@functools.cache
+def _root(_process: int) -> Path:
     shm = Path("/dev/shm")
     return Path(tempfile.mkdtemp(prefix="kiln-fuzz-", dir=shm if shm.is_dir() else None))
 
@@ -153,6 +159,7 @@ def model(data: bytes) -> None:
     models.quiet()
     sandbox.emptied(root())
     (root() / "cwd").mkdir()
+    (root() / "tmp").mkdir()
     models.prepare(case, root() / "model", sandbox.make)
     _run(lambda: _code_of(lambda: models.read_all(case, root() / "model", root() / "cache")), places=PLACES)
 
@@ -170,13 +177,15 @@ def _prepare(case: Case) -> None:
     sandbox.emptied(root())
     sandbox.make(root(), case["files"])
     (root() / "cwd").mkdir()
+    (root() / "tmp").mkdir()
     (root() / "out").mkdir(exist_ok=True)
 
 
 def _run(run: Callable[[], int], *, places: Sequence[str]) -> None:
     """Raises UnexpectedError for another exit code than those documented, odd words, or files outside."""
     before = sandbox.state_of(root())
-    variables = {"PATH": "/usr/bin:/bin", "HOME": str(root() / "home")}
+    _machine()  # before the time counts
+    variables = {"PATH": "/usr/bin:/bin", "HOME": str(root() / "home"), "TMPDIR": str(root() / "tmp")}
     with (
         sandbox.listening() as heard,
         sandbox.without_network(),
@@ -223,11 +232,21 @@ def _entrypoint(case: Case, *, launch: Callable[..., int] | None) -> int:
             )
     with (
         mock.patch.object(summary, "cpu_workers", lambda: 0),  # no other processes
+        mock.patch.object(entrypoint, "Machine", _machine),
         mock.patch.object(job, "CHECK_RETRIES_S", 0.0),
         mock.patch.object(job.http, "USUAL", NO_RETRIES),
         mock.patch.object(job, "Trainers", functools.partial(_Trainers, launch)),
     ):
         return entrypoint.main([str(argument).replace("\0", "") for argument in case["arguments"]])
+
+
+@functools.cache
+def _machine() -> Machine:
+    """One for all runs: the tool of a GPU's driver and the import of torch take a hundred times as long as the rest."""
+    machine = Machine()
+    if machine.hardware.vendor != "cpu":
+        _ = machine.kernels
+    return machine
 
 
 def _is_escaped(text: str) -> bool:
@@ -298,3 +317,4 @@ def finished() -> dict[str, str]:
 def end() -> None:
     sandbox.emptied(root())
     root().rmdir()
+    _root.cache_clear()

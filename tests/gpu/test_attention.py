@@ -147,6 +147,15 @@ def test_it_can_be_recorded(compiled):
         assert error(a, b) < 1e-2
 
 
+def test_a_mask_goes_to_the_kernel_that_torch_takes_for_it_anyway(kind):
+    some = torch.randn(1, HEADS, 256, 128, device="cuda").bfloat16()
+    mask = torch.ones(1, 1, 1, 256, device="cuda", dtype=torch.bool)
+    chosen, with_mask = (SDPBackend(torch._fused_sdp_choice(some, some, some, m)) for m in (None, mask))
+    preferred = SDPBackend.CUDNN_ATTENTION if torch.cuda.get_device_capability()[0] in (9, 10) else None
+    assert chosen == (SDPBackend.FLASH_ATTENTION if kind == "flash_4" or not preferred else preferred)
+    assert with_mask == (preferred or SDPBackend.EFFICIENT_ATTENTION)
+
+
 def test_how_fast_it_is(kind):
     """Prints TFLOP/s at the sizes of Flux.1 with four pictures and with one of 512 x 512, and of SD3 with four."""
     for batch, heads, tokens, dim in ((4, 24, 4352, 128), (1, 24, 1536, 128), (4, 24, 4429, 64)):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -262,3 +263,58 @@ def test_another_number_of_processes_goes_on_with_as_many_batches_a_step_or_is_a
     code, printed = two.run(NUM_GPUS="1", PARAMS_GRADIENT_ACCUMULATION="2", PARAMS_MAX_STEPS="6")
     assert code == 0 and "Resumed at step 4 of 6" in printed, printed
     assert "was made with NUM_GPUS 2, and this is 1: the result will not be bit-identical" in printed
+
+
+def sharded_gib(printed):
+    """What the first process keeps of the frozen weights, and all of these; [] where it keeps all."""
+    found = re.findall(r"sharded over 2 processes: ([0-9.e-]+) of ([0-9.e-]+) GiB are here", printed)
+    return [(float(here), float(everything)) for here, everything in found]
+
+
+def test_sharded_weights_give_the_same_bytes_and_a_run_goes_on_with_and_without_them(two):
+    """Steps (the last of an epoch has images for one process alone), validation and samples; then on one GPU."""
+    with_prompts(two, steps=2)
+    sizes = {"resolution": 128, "enable_bucket": True, "validation_split": 0.2, "batch_size": 2}
+    two.environment |= {
+        "PARAMS_VALIDATE_EVERY_N_STEPS": "3",
+        "DATASET_CONFIG": json.dumps({"datasets": [{**sizes, "subsets": [{}]}]}),
+    }
+    ended = []
+    for offload in ("none", "shards"):
+        two.environment |= {"PARAMS_OFFLOAD": offload, "OUTPUT_PATH": str(two.folder / offload)}
+        code, printed = two.run(PARAMS_MAX_STEPS="5")
+        assert code == 0, printed
+        held = sharded_gib((two.out / "run.log").read_text())
+        assert len(held) == (offload == "shards")
+        assert all(0 < here <= 0.51 * everything for here, everything in held), held
+        losses = [row["validation_loss"] for row in two.metrics() if "validation_loss" in row]
+        assert len(losses) == 2
+        ended.append((sha(two), numbers(two), losses, samples(two)))
+    assert ended[0] == ended[1] and len(ended[0][3]) == 12
+    one = {"NUM_GPUS": "1", "PARAMS_GRADIENT_ACCUMULATION": "2", "PARAMS_OFFLOAD": "none"}
+    code, printed = two.run(**one, PARAMS_MAX_STEPS="6")
+    assert code == 0 and "Resumed at step 5 of 6" in printed and not sharded_gib(printed), printed
+    code, printed = two.run(PARAMS_MAX_STEPS="7")
+    assert code == 0 and "Resumed at step 6 of 7" in printed and sharded_gib(printed), printed
+
+
+def test_a_process_that_keeps_sharded_weights_is_killed_and_the_job_ends_with_the_same_bytes(two):
+    two.environment |= {"PARAMS_OFFLOAD": "shards", "PARAMS_SAVE_EVERY_N_STEPS": "2"}
+    code, printed = two.run()
+    assert code == 0, printed
+    undisturbed, rows = sha(two), numbers(two)
+    two.environment["OUTPUT_PATH"] = str(two.folder / "again")
+    process = two.start()
+    two.wait_for_step(process, 5)
+    os.kill(members(process)[1], signal.SIGKILL)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and "Traceback" not in printed, printed
+    assert two.status()["message"].startswith("Process 1 of 2 was killed (SIGKILL)")
+    code, printed = two.run()
+    assert code == 0 and "Resumed at step" in printed and sha(two) == undisturbed and numbers(two) == rows, printed
+
+
+def test_sharded_weights_need_several_gpus(two):
+    two.environment["PARAMS_OFFLOAD"] = "shards"
+    code, printed = two.run(NUM_GPUS="1")
+    assert code == 78 and "PARAMS_OFFLOAD=shards spreads the weights over the GPUs of a job" in printed, printed

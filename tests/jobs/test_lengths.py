@@ -28,7 +28,7 @@ ASKED = {
         ("z_image", 32, True, 6 * 7),
         ("qwen_image", 1, True, 4 * 12),
         ("flux2", 96, False, 2 * 12 + 4 * 2),
-        ("krea2", 1, True, 8 * 8),
+        ("krea2", 1, True, 10 * 8),
     ],
 )
 def test_photographs_and_captions_of_many_sizes_train_stop_resume_and_are_drawn(

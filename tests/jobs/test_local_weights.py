@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:9"  # refuses every connection
 CLIP, T5, QWEN = "openai/clip-vit-large-patch14", "google-t5/t5-large", "Qwen/Qwen3-4B"
 QWEN_VL, QWEN3_VL = "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen3-VL-4B-Instruct"
+MISTRAL = "unsloth/Mistral-Small-3.1-24B-Instruct-2503"
 
 
 def vocabularies() -> dict[str, dict[str, bytes]]:
@@ -40,6 +41,7 @@ def vocabularies() -> dict[str, dict[str, bytes]]:
         QWEN: {"tokenizer.json": (miniature("z_image") / "tokenizer" / "tokenizer.json").read_bytes()},
         QWEN_VL: {"tokenizer.json": (miniature("qwen_image") / "tokenizer" / "tokenizer.json").read_bytes()},
         QWEN3_VL: {"tokenizer.json": (miniature("krea2") / "tokenizer" / "tokenizer.json").read_bytes()},
+        MISTRAL: {"tokenizer.json": (miniature("flux2_dev") / "tokenizer" / "tokenizer.json").read_bytes()},
     }
 
 
@@ -208,9 +210,9 @@ def test_baked_tokenizers_need_no_network(machine, files, tmp_path, monkeypatch)
     assert run.returncode == 0, run.stderr
     baked = tmp_path / "baked" / "tokenizers"
     assert {path.name for path in baked.iterdir()} == {
-        name.replace("/", "--") for name in (CLIP, T5, QWEN, QWEN_VL, QWEN3_VL)
+        name.replace("/", "--") for name in (CLIP, T5, QWEN, QWEN_VL, QWEN3_VL, MISTRAL)
     }
-    for repository in (CLIP, T5, QWEN, QWEN_VL, QWEN3_VL):
+    for repository in (CLIP, T5, QWEN, QWEN_VL, QWEN3_VL, MISTRAL):
         place = baked / repository.replace("/", "--")
         assert {path.name: path.read_bytes() for path in place.iterdir()} == {
             name: content for name, content in vocabularies()[repository].items() if "safetensors" not in name

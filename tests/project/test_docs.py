@@ -250,7 +250,9 @@ def test_a_term_of_the_glossary_stands_once_and_is_explained():
 PRODUCT = ("trainer", "entrypoint")
 # Public classes that are no terms: one module uses them, as a record of what its functions pass on, and explains them.
 NO_TERMS = {
-    **dict.fromkeys(("Keys", "Version", "Place", "Target"), "parts of an address or a request to a service"),
+    **dict.fromkeys(
+        ("Keys", "Version", "Place", "HubPlace", "Requests", "Target"), "parts of an address or a request to a service"
+    ),
     **dict.fromkeys(("AdaptedModels", "Backward", "Session"), "parts of a run, passed between two modules"),
     **dict.fromkeys(("PreparedData", "Folder", "AdapterShape"), "the result of one function"),
     **dict.fromkeys(("AskedColumns", "Columns", "Decoded", "ImageNames", "Inspected"), "the result of one function"),
@@ -288,6 +290,7 @@ NO_TERMS = {
     **dict.fromkeys(("Known", "HidingStream"), "how known secrets are kept out of what is printed"),
     **dict.fromkeys(("PartlyJoinedProcessor", "PartlyJoinedFlux2Processor"), "one case of a class of diffusers"),
     **dict.fromkeys(("Card", "TorchKernels"), "what a card, and this torch, can do"),
+    **dict.fromkeys(("Machine", "Answers"), "what the jobs of a command ask once"),
     **dict.fromkeys(("Budget", "Limits", "Names"), "bounds on archives"),
     **dict.fromkeys(("Cached", "Listing", "RemoteFile", "Repo"), "records of the Hub's client"),
     **dict.fromkeys(("Asked", "Found", "Layout", "Place"), "how a dataset was named, and what was found of it"),
@@ -295,7 +298,8 @@ NO_TERMS = {
     **dict.fromkeys(("Job", "Uploader", "Times", "Identity"), "parts of one process"),
     **dict.fromkeys(("Background", "Scene", "Subject", "Thing", "Vessel"), "contents of the miniatures' drawings"),
     **dict.fromkeys(
-        ("Attempt", "MaskedAttention", "OneFrame", "Recipe", "Task", "Work"), "parts of the making of the miniatures"
+        ("Attempt", "MaskedAttention", "OneFrame", "Recipe", "Taught", "Task", "Work"),
+        "parts of the making of the miniatures",
     ),
 }
 

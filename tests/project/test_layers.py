@@ -69,6 +69,7 @@ WITHOUT_TORCH = (
     *("trainer.lora_files.numbers", "trainer.lora_files.other_kinds"),
     *("trainer.data.caption_files", "trainer.data.caption_length", "trainer.data.captions", "trainer.data.folder"),
     *(
+        "trainer.data.compact.seen",
         "trainer.data.decode",
         "trainer.data.epochs",
         "trainer.data.identity",

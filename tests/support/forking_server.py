@@ -117,9 +117,11 @@ def main() -> None:
     if has_accelerator():
         print("accelerator", flush=True)
         return
+    sys.modules["pyarrow"] = None  # type: ignore[assignment] # it starts threads; where pandas is there, it is imported too
     import_all()
-    threads = os.listdir("/proc/self/task")
-    assert len(threads) == 1, f"{len(threads)} threads: a fork would have but one of them"
+    del sys.modules["pyarrow"]  # a job that needs it finds it
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    assert len(threads) == 1, f"threads {threads}: a fork would have but one of them"
     gc.collect()
     gc.freeze()  # what is never looked at again is not copied for it either
     asked = serve(Path(sys.argv[1]))

@@ -11,7 +11,7 @@ import torch
 from bench import original_names
 from bench.layouts import write_zeros
 from trainer.base_model.loading import empty_model
-from trainer.spec.family import base_models, get_family
+from trainer.spec.family import base_models, facts_of, get_family
 
 State = dict[str, torch.Tensor]
 
@@ -34,7 +34,7 @@ def parts(base: str) -> dict[str, State]:
             path = Path(place) / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(config))
-        facts = get_family(family).FACTS
+        facts = facts_of(family, base)
         for part, folder in facts.parts.items():
             states[part] = state(empty_model(facts.kinds[folder], Path(place) / folder))
     return states

@@ -84,26 +84,35 @@ def norms(dispatch: object, dtype: torch.dtype) -> Compared:
     per_image = ROWS // 2
     modulated = F.layer_norm(exact, (WIDTH,), eps=EPS) * (1 + scale.double().repeat_interleave(per_image, 0))
     modulated = modulated + shift.double().repeat_interleave(per_image, 0)
-    values, scales, rows = dispatch.norm_rows(x, scale, shift, 1.0, EPS, dtype, True, 32)
+    values, scales, rows = dispatch.norm_rows(x, scale, shift, 1.0, EPS, True, dtype, True, 32)
     yield "norm_rows: 16 bits", error(rows, modulated.detach())
     yield "norm_rows: 8 bits", error(values[:, :WIDTH].float() * scales, modulated.detach())
     (gradient,) = torch.autograd.grad(modulated, exact, g1.double() + g2.double())
-    found, again = dispatch.norm_gradient(x, scale, shift, 1.0, EPS, g1, g2, None, residual, True)
+    found, again = dispatch.norm_gradient(x, scale, shift, 1.0, EPS, True, g1, g2, None, residual, True)
     yield "norm_gradient", error(found, gradient + residual.double())
     yield "norm_gradient: rows", other_bytes(again, rows)
-    # Without a shift, RMSNorm.
-    x = (x.double() + 1).bfloat16()
-    hat = x.double().requires_grad_()
-    modulated = hat * (hat.square().mean(-1, keepdim=True) + EPS).rsqrt()
-    modulated = modulated * scale.double().repeat_interleave(per_image, 0)
-    values, scales, rows = dispatch.norm_rows(x, scale, None, 0.0, EPS, dtype, True, 32)
-    yield "norm_rows, RMS: 16 bits", error(rows, modulated.detach())
-    yield "norm_rows, RMS: 8 bits", error(values[:, :WIDTH].float() * scales, modulated.detach())
-    (gradient,) = torch.autograd.grad(modulated, hat, g1.double() + g2.double())
-    for name, past in (("", None), (" and a residual", residual)):
-        found, again = dispatch.norm_gradient(x, scale, None, 0.0, EPS, g1, g2, None, past, True)
+
+
+def rms_norms(dispatch: object, dtype: torch.dtype) -> Compared:
+    """Without a shift and with one; with weights of 16 bits, and with what norms and modulations make in 32."""
+    x, g1, g2, residual = ((normal(ROWS, WIDTH).double() + 1).bfloat16() for _ in range(4))
+    for name, scale, shift, past in (
+        ("", normal(2, WIDTH), None, None),
+        (" and a residual", normal(2, WIDTH).float(), None, residual),
+        (" and a shift", normal(2, WIDTH).float(), normal(2, WIDTH), residual),
+    ):
+        exact = x.double().requires_grad_()
+        modulated = exact * (exact.square().mean(-1, keepdim=True) + EPS).rsqrt()
+        modulated = modulated * scale.double().repeat_interleave(ROWS // 2, 0)
+        if shift is not None:
+            modulated = modulated + shift.double().repeat_interleave(ROWS // 2, 0)
+        values, scales, rows = dispatch.norm_rows(x, scale, shift, 0.0, EPS, False, dtype, True, 32)
+        yield f"norm_rows, RMS{name}: 16 bits", error(rows, modulated.detach())
+        yield f"norm_rows, RMS{name}: 8 bits", error(values[:, :WIDTH].float() * scales, modulated.detach())
+        (gradient,) = torch.autograd.grad(modulated, exact, g1.double() + g2.double())
+        found, again = dispatch.norm_gradient(x, scale, shift, 0.0, EPS, False, g1, g2, None, past, True)
         yield f"norm_gradient, RMS{name}", error(found, gradient if past is None else gradient + past.double())
-    yield "norm_gradient, RMS: rows", other_bytes(again, rows)
+        yield f"norm_gradient, RMS{name}: rows", other_bytes(again, rows)
 
 
 def gelus(dispatch: object, dtype: torch.dtype) -> Compared:
@@ -132,24 +141,29 @@ def gelus(dispatch: object, dtype: torch.dtype) -> Compared:
 
 
 def swiglus(dispatch: object, dtype: torch.dtype) -> Compared:
-    """Of halves of one row, as a joined layer leaves them, and of two layers' outputs; behind other features too."""
+    """Of halves of one row, as a joined layer leaves them, and of two layers' outputs; behind other features too.
+
+    And the gate of attention, whose gradient is another one.
+    """
     joined = normal(2, 2 * GELU)
     halves = {"joined": joined.chunk(2, -1), "separate": (normal(2, GELU), normal(2, GELU))}
     for name, left, (a, b) in (
         ("joined", None, halves["joined"]),
         ("separate", None, halves["separate"]),
         ("with left", normal(2, LEFT), halves["joined"]),
+        ("without silu", None, halves["separate"]),
     ):
+        silu = name != "without silu"
         exact = [half.double().requires_grad_() for half in (a, b)]
-        wanted = F.silu(exact[0]) * exact[1]
+        wanted = (F.silu(exact[0]) if silu else exact[0].sigmoid()) * exact[1]
         width = 0 if left is None else LEFT
         row = wanted.detach() if left is None else torch.cat([left.double(), wanted.detach()], 1)
-        values, scales, rows = dispatch.swiglu_rows(left, a, b, dtype, True, 16)
+        values, scales, rows = dispatch.swiglu_rows(left, a, b, silu, dtype, True, 16)
         yield f"swiglu_rows, {name}: 16 bits", error(rows, row)
         yield f"swiglu_rows, {name}: 8 bits", error(values[:, : width + GELU].float() * scales, row)
         g = normal(2, width + GELU)
         gradients = torch.autograd.grad(wanted, exact, g[:, width:].double())
-        *found, of_left, again = dispatch.swiglu_gradient(left, a, b, g, True)
+        *found, of_left, again = dispatch.swiglu_gradient(left, a, b, silu, g, True)
         for of, got, gradient in zip("ab", found, gradients, strict=True):
             yield f"swiglu_gradient, {name}: of {of}", error(got, gradient)
         yield f"swiglu_gradient, {name}: rows", other_bytes(again, rows)
@@ -158,10 +172,10 @@ def swiglus(dispatch: object, dtype: torch.dtype) -> Compared:
 
 
 def head_rotations(dispatch: object) -> Compared:
-    """Each pair of a head's features as one complex number; other angles in each image, or the same in all."""
+    """Each pair of a head's features as one complex number; angles of each image, of all, or of all tokens too."""
     x, weight, g = normal(2, TOKENS, HEADS * HEAD_DIM), normal(HEAD_DIM), normal(2, TOKENS, HEADS, HEAD_DIM)
-    for images, name in ((2, ""), (1, ", one for all images")):
-        angles = torch.rand(images, TOKENS, HEAD_DIM // 2) * 6
+    for images, tokens, name in ((2, TOKENS, ""), (1, TOKENS, ", one for all images"), (1, 1, ", one for all tokens")):
+        angles = torch.rand(images, tokens, HEAD_DIM // 2) * 6
         turns = torch.polar(torch.ones_like(angles), angles)
         exact = x.double().requires_grad_()
         heads = exact.unflatten(2, (HEADS, HEAD_DIM))
@@ -274,6 +288,7 @@ def main() -> None:
     for dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
         for comparisons in (
             norms(dispatch, dtype),
+            rms_norms(dispatch, dtype),
             gelus(dispatch, dtype),
             swiglus(dispatch, dtype),
             quantisation(dispatch, reference, dtype),

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     Flux2KleinPipeline,
+    Flux2Pipeline,
     FluxPipeline,
     Krea2Pipeline,
     QwenImagePipeline,
@@ -13,11 +14,12 @@ from diffusers import (
     ZImagePipeline,
 )
 
-from trainer.spec.family import get_family
+from trainer.spec.family import base_models, get_family
 
 PIPELINES = {
     "flux": FluxPipeline,
     "flux2": Flux2KleinPipeline,
+    "flux2_dev": Flux2Pipeline,
     "sdxl": StableDiffusionXLPipeline,
     "sd3": StableDiffusion3Pipeline,
     "z_image": ZImagePipeline,
@@ -28,12 +30,16 @@ FAMILIES = ("flux", "sdxl", "sd3")  # those with CLIP
 
 
 def base(name):
-    """The value of BASE_MODEL of a family's miniature."""
+    """The value of BASE_MODEL of a miniature. `name`: of its family, or with what the base model has of its own."""
     return f"mini-{name.replace('_', '-')}"
 
 
+def family_of(name):
+    return get_family(base_models()[base(name)][0])
+
+
 def folder(name):
-    return Path(get_family(name).FACTS.models[base(name)].source)
+    return Path(base_models()[base(name)][1].source)
 
 
 def pipeline(name):
@@ -47,7 +53,7 @@ def encoded(name, pipe, captions):
         tokens, pooled, _ = pipe.encode_prompt(
             captions, captions, device="cpu", max_sequence_length=pipe.tokenizer_2.model_max_length
         )
-    elif name == "flux2":
+    elif name in ("flux2", "flux2_dev"):
         texts, _ = pipe.encode_prompt(captions, device="cpu", max_sequence_length=pipe.tokenizer.model_max_length)
         return {"tokens": texts}
     elif name == "qwen_image":

@@ -193,6 +193,11 @@ def flux2_denoiser(*, guidance_embeds=False):
     return model.requires_grad_(False).eval()
 
 
+def flux2_dev_denoiser():
+    """With embedded guidance, as in dev."""
+    return flux2_denoiser(guidance_embeds=True)
+
+
 def qwen_image_denoiser():
     """Three double blocks of width 32."""
     torch.manual_seed(0)
@@ -222,6 +227,15 @@ def flux2_vae():
 def flux2_text():
     torch.manual_seed(2)
     return {"tokens": torch.randn(2, 7, 24)}
+
+
+def flux2_dev_vae():
+    """klein's."""
+    return flux2_vae()
+
+
+def flux2_dev_text():
+    return flux2_text()
 
 
 def qwen_image_vae():

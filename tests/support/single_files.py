@@ -13,7 +13,7 @@ from entrypoint.settings.read import read_settings
 from tests.support.machines import CPU
 from trainer.base_model import single_file
 from trainer.base_model.model_folder import file_patterns
-from trainer.spec.family import get_family
+from trainer.spec.family import facts_of
 from trainer.spec.plan import ModelPlan
 
 
@@ -29,6 +29,6 @@ def model_folder(tmp_path: Path, name: str, **variables: str) -> Path:
     (tmp_path / "pictures").mkdir(exist_ok=True)
     base = f"mini-{name.replace('_', '-')}"
     plan = planned({"BASE_MODEL": base, "DATASET_NAME": str(tmp_path / "pictures"), **variables})
-    needed = file_patterns(get_family(plan.family).FACTS, plan.parts)
+    needed = file_patterns(facts_of(plan.family, plan.base), plan.parts)
     model = fetch_model(plan, patterns=needed, token=None)
     return single_file.convert_single_files(model, tmp_path / "cache")

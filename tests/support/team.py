@@ -12,6 +12,10 @@ from safetensors.torch import save_file
 from trainer.data.batches import MicroBatch
 from trainer.engine import flat_parameters
 from trainer.engine.cuda_graphs import EagerStep
+from trainer.engine.execution import Engine
+from trainer.engine.memory.sharding import Shards
+from trainer.engine.memory.weight_streaming import WeightStreamer
+from trainer.spec.plan import EnginePlan
 from trainer.training import distributed
 from trainer.training.loop import train
 from trainer.training.objective import FlowMatching
@@ -52,10 +56,39 @@ class Model(torch.nn.Module):
         return (out + self.rare(x) if batch.text["rare"].all() else out).view_as(noisy)
 
 
+class Deep(Model):
+    """With frozen layers, through which the gradient of the others goes."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = torch.nn.ModuleList(torch.nn.Linear(64, 64).requires_grad_(False) for _ in range(4))
+
+    def forward(self, noisy, t, batch):
+        out = super().forward(noisy, t, batch)
+        for layer in self.frozen:
+            out = out + torch.tanh(layer(out.flatten(1))).view_as(out)
+        return out
+
+
+def sharded(model, workers):
+    """The engine of a model whose frozen layers are shared out among the processes."""
+    streamer = WeightStreamer("cpu", shards=Shards(workers.peers(), "cpu"))
+    for layer in model.frozen:
+        streamer.add_region(layer)
+    streamer.allocate_slots()
+    return Engine(model, [*model.frozen], EnginePlan(offload="shards", num_gpus=workers.size), streamer)
+
+
 def trained(workers, case):
     """The steps, and the weights after them. In cases that begin with "joined", these are views of a longer one."""
-    model, number = Model(), 0
-    model.fails = 2 if case in ("memory", "joined memory") and workers.process_rank == workers.size - 1 else 0
+    model, number = Deep() if case.startswith(("frozen", "sharded")) else Model(), 0
+    engine = sharded(model, workers) if case.startswith("sharded") else Engine(model, [], EnginePlan())
+    model.fails = 2 if case.endswith("memory") and workers.process_rank == workers.size - 1 else 0
+
+    def predict(*given):
+        with engine.saved_tensors():
+            return model(*given)
+
     groups = []
     for i, sizes in enumerate(STEPS, 1):
         every = []
@@ -63,14 +96,14 @@ def trained(workers, case):
             number += 1
             every.append(micro_batch(number, count, bad=case == "bad" and i == BAD and at == 1))
         groups.append((1, every[workers.process_rank :: workers.size]))
-    params = [*model.parameters()]
+    params = [p for p in model.parameters() if p.requires_grad]
     wholes = flat_parameters.flatten_parameters("adamw", params) if case.startswith("joined") else params
     optimizer = torch.optim.AdamW(wholes, lr=0.02, weight_decay=0.5)
-    guard, runner = StepGuard(), EagerStep(params, wholes)
+    guard, runner = StepGuard(), EagerStep(params, wholes, engine.forward_backward)
     steps = []
     for step in train(
         groups,
-        predict=model,
+        predict=predict,
         objective=FlowMatching(),
         params=wholes,
         optimizer=optimizer,
@@ -94,7 +127,7 @@ def trained(workers, case):
         with torch.no_grad():
             params[0][0, 0] += workers.process_rank
         workers.check_same(wholes)
-    return steps, {name: p.detach() for name, p in model.named_parameters()}, guard.state()
+    return steps, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, guard.state()
 
 
 def main():

@@ -63,6 +63,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "flux2",
         {**_FLUX2, "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
     ),
+    "flux2-dev": (
+        "flux2",
+        {
+            **_FLUX2,
+            "num_layers": 8,
+            "num_single_layers": 48,
+            "num_attention_heads": 48,
+            "joint_attention_dim": 15360,
+            "guidance_embeds": True,
+        },
+    ),
     "sd3-medium": ("sd3", _SD3),
     "sd3.5-medium": (
         "sd3",

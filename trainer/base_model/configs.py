@@ -41,8 +41,17 @@ def read_object(path: Path, *, limit: int = LARGEST_CONFIG) -> dict[str, Any]:
 
 def is_distilled(folder: Path) -> bool:
     """Whether the index of a model's folder says that it is distilled. Raises SettingsError where it cannot be read."""
+    return _index(folder).get("is_distilled") is True
+
+
+def pipeline_name(folder: Path) -> str | None:
+    """The class that the index of a model's folder names. Raises SettingsError where it cannot be read."""
+    return _index(folder).get("_class_name")
+
+
+def _index(folder: Path) -> dict[str, Any]:
     try:
-        return read_object(folder / INDEX).get("is_distilled") is True
+        return read_object(folder / INDEX)
     except ValueError as problem:
         raise SettingsError(f"{folder / INDEX} {problem}. Fix: download the model's folder again.") from problem
 

@@ -22,6 +22,13 @@ QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# How Mistral's is: not as its vocabulary was made, but as the tokenizer.json of Mistral Small 3.1 has it, by which
+# FLUX.2 was trained (huggingface.co/mistralai/Mistral-Small-3.1-24B-Instruct-2503, discussion 84).
+TEKKEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEKKEN_MARK = "[INST]"  # a token of Mistral's alone
 WORD_END = "</w>"  # that CLIP's tokens have at the end of a word; other byte pair encodings have no such mark
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 T5_END, T5_BLANK = "</s>", "▁"
@@ -43,6 +50,8 @@ class LightTokenizer:
             self._tokenizer = _t5(vocabulary)
         elif any(token.endswith(WORD_END) for token in vocabulary.numbers):
             self._tokenizer = _clip(vocabulary)
+        elif TEKKEN_MARK in vocabulary.numbers:
+            self._tokenizer = tekken(vocabulary)
         else:
             self._tokenizer = _qwen(vocabulary)
 
@@ -77,6 +86,17 @@ def _qwen(vocabulary: TokenTable) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocabulary.numbers, vocabulary.merges))
     tokenizer.normalizer = normalizers.NFC()
     words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.add_tokens([AddedToken(**token) for _, token in sorted(vocabulary.added.items())])
+    return tokenizer
+
+
+def tekken(vocabulary: TokenTable) -> Tokenizer:
+    """Mistral's byte pair encoding, without a mark at either end: its template writes them."""
+    tokenizer = Tokenizer(models.BPE(vocabulary.numbers, vocabulary.merges, ignore_merges=True))
+    words = pre_tokenizers.Split(Regex(TEKKEN_WORDS), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from trainer.base_model import configs, model_folder, tokenizer_files
+from trainer.base_model import configs, light_tokenizer, model_folder, tokenizer_files
 from trainer.base_model.tokenizer_files import Token
 from trainer.spec.errors import SettingsError
 from trainer.spec.rules.config_rules import QUANTISED_KEYS, ConfigKind
@@ -35,7 +35,7 @@ CONSTRUCTION_ERRORS = (
 WEIGHT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 TIED_SLACK = 1.01  # weights that share their numbers count once in a model, and may count twice in its files
 # The language model inside one that also reads images: its names by newer versions of transformers → by older ones.
-INNER_MODEL = {r"^(model\.)?language_model\.": "model."}
+INNER_MODEL = {r"^(model\.)?language_model\.(model\.)?": "model."}
 FIX = "Fix: download the model's folder again, or take another model"
 
 
@@ -65,9 +65,22 @@ def read_config(folder: Path, kind: ConfigKind) -> dict[str, Any]:
 # ---- models
 
 
-def empty_model(kind: ConfigKind, folder: Path) -> torch.nn.Module:
-    """A part's model on the device "meta": names and shapes without weights. `folder` has its config.json."""
-    return _construct(kind, folder, read_config(folder, kind))
+def empty_model(kind: ConfigKind, folder: Path, *, depth: int | None = None) -> torch.nn.Module:
+    """A part's model on the device "meta": names and shapes without weights. `folder` has its config.json.
+
+    `depth`: of a language model, as for `load_model`.
+    """
+    return _construct(kind, folder, shallower(read_config(folder, kind), depth))
+
+
+def shallower(config: Mapping[str, Any], depth: int | None) -> dict[str, Any]:
+    """The config of a language model with at most `depth` layers; None: with all of them."""
+    if depth is None:
+        return dict(config)
+    changed = {**config, "num_hidden_layers": min(depth, config["num_hidden_layers"])}
+    if "layer_types" in config:
+        changed["layer_types"] = config["layer_types"][:depth]
+    return changed
 
 
 def _construct(kind: ConfigKind, folder: Path, config: Mapping[str, Any]) -> torch.nn.Module:
@@ -86,9 +99,13 @@ def _construct(kind: ConfigKind, folder: Path, config: Mapping[str, Any]) -> tor
     return model
 
 
-def load_model(kind: ConfigKind, folder: Path, *, device: str | None, dtype: torch.dtype) -> Any:
-    """The frozen model of a part, with its weights. `device`: None leaves it where the library puts it, on the CPU."""
-    config = read_config(folder, kind)
+def load_model(
+    kind: ConfigKind, folder: Path, *, device: str | None, dtype: torch.dtype, depth: int | None = None
+) -> Any:
+    """The frozen model of a part, with its weights. `device`: None leaves it where the library puts it, on the CPU.
+    `depth`: of a language model, whose layers behind that many are not read.
+    """
+    config = shallower(read_config(folder, kind), depth)
     skeleton = _construct(kind, folder, config)
     with _named(folder):
         _check_fit(skeleton, folder, kind.library)
@@ -211,7 +228,8 @@ def _check_fit(skeleton: torch.nn.Module, folder: Path, library: str) -> None:
 def _short(name: str) -> str:
     """Versions of transformers differ in whether the first level is part of a text encoder's names, and so do files of
     a language model with its output layer and without."""
-    return name.removeprefix("text_model.").removeprefix("model.").removeprefix("language_model.")
+    name = name.removeprefix("text_model.").removeprefix("model.").removeprefix("language_model.")
+    return name.removeprefix("model.")
 
 
 def _entries(folder: Path, library: str) -> dict[str, Entry]:
@@ -272,6 +290,11 @@ def load_tokenizer(folder: Path, kind: ConfigKind) -> Any:
     arguments: dict[str, Any] = {**files.options, **named, "added_tokens_decoder": added}
     for values in files.lists.values():
         arguments["extra_special_tokens"] = [token(value) for value in values]
+    if files.class_name == tokenizer_files.TEKKEN:
+        arguments = {**tokenizer_files.DEFAULTS[files.class_name], **arguments}
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=light_tokenizer.tekken(files.vocabulary), **arguments
+        )
     if files.vocabulary.charsmap is not None:
         arguments["_spm_precompiled_charsmap"] = files.vocabulary.charsmap
     if files.vocabulary.numbers:

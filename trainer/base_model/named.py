@@ -15,7 +15,7 @@ from pathlib import Path
 
 from trainer.base_model import configs, hub_files, model_folder, weight_kinds, without_weights
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import PREFIXES, BaseModel, Facts, base_models, family_names, get_family
+from trainer.spec.family import PREFIXES, BaseModel, Facts, base_models, facts_of, family_names, get_family
 from trainer.spec.plan import ModelPlan
 
 log = logging.getLogger(__name__)
@@ -28,9 +28,12 @@ CONFIG = "--config "
 
 @dataclass(frozen=True)
 class NamedBase:
-    """A base model: its family, its defaults for prompts, and its folder, which may be downloaded or converted."""
+    """A base model: its family and facts, its defaults for prompts, and its folder, which may be downloaded or
+    converted.
+    """
 
     family: str
+    facts: Facts
     model: BaseModel
     folder: Callable[[], Path]
 
@@ -55,7 +58,7 @@ def find_base(asked: Asked) -> NamedBase:
         name, model = known[asked.base]
         source = model.source
         _no_config(asked)
-        plan = ModelPlan(asked.base, name, source, parts=_chosen_parts(asked, get_family(name).FACTS, model))
+        plan = ModelPlan(asked.base, name, source, parts=_chosen_parts(asked, facts_of(name, asked.base), model))
     elif place.is_file():
         plan = _plan_file(asked, place)
     elif place.is_dir():
@@ -67,7 +70,8 @@ def find_base(asked: Asked) -> NamedBase:
         raise SettingsError(f"--base {asked.base} is neither a folder, a file, nor a value of BASE_MODEL; {hint}")
     if asked.family and asked.family != plan.family:
         raise SettingsError(f"--family {asked.family}: --base {asked.base} is for {plan.family}. Fix: leave it out.")
-    return NamedBase(plan.family, _defaults(plan), lambda: _folder(plan, asked))
+    facts = facts_of(plan.family, plan.base)
+    return NamedBase(plan.family, facts, _defaults(plan), lambda: _folder(plan, asked))
 
 
 def _no_config(asked: Asked) -> None:
@@ -77,7 +81,7 @@ def _no_config(asked: Asked) -> None:
 
 def _defaults(plan: ModelPlan) -> BaseModel:
     """The model whose defaults for prompts count."""
-    facts = get_family(plan.family).FACTS
+    facts = facts_of(plan.family, plan.base)
     if plan.path and facts.distilled_defaults and configs.is_distilled(Path(plan.path)):
         return BaseModel(plan.source, files_gib=0.0, defaults=facts.distilled_defaults)
     known = base_models().get(plan.base)
@@ -93,7 +97,7 @@ def _folder(plan: ModelPlan, asked: Asked) -> Path:
     """The whole model in diffusers' layout: downloads and converts what is not here yet."""
     from trainer.base_model.single_file import convert_single_files
 
-    facts = get_family(plan.family).FACTS
+    facts = facts_of(plan.family, plan.base)
     patterns = model_folder.file_patterns(facts, plan.parts)
     if published := without_weights.published(plan):
         hub_files.bring_vocabularies(
@@ -120,11 +124,23 @@ def _plan_folder(asked: Asked, folder: Path) -> ModelPlan:
             f"--base {folder} is a folder without a denoiser of {choices}. Fix: name a folder in diffusers layout "
             "(with model_index.json), a .safetensors file, or a value of BASE_MODEL."
         )
-    facts = get_family(family).FACTS
+    path = str(folder.absolute())
+    base = _base_of_folder(folder, family) or path
+    facts = facts_of(family, base)
     parts = _chosen_parts(asked, facts, None)
     model_folder.check_folder(f"--base {folder}", folder, model_folder.file_patterns(facts, parts), facts)
-    path = str(folder.absolute())
-    return ModelPlan(path, family, path, path=path, parts=parts)
+    return ModelPlan(base, family, path, path=path, parts=parts)
+
+
+def _base_of_folder(folder: Path, family: str) -> str | None:
+    """The first base model of a family that has a pipeline of its own, if the folder's index names that one."""
+    if not (folder / configs.INDEX).is_file():
+        return None
+    pipeline = configs.pipeline_name(folder)
+    for base, model in get_family(family).FACTS.models.items():
+        if pipeline in model.own_facts.get("pipelines", ()):
+            return base
+    return None
 
 
 def _folder_family(folder: Path, asked: Asked) -> str | None:
@@ -159,8 +175,8 @@ def _plan_file(asked: Asked, file: Path) -> ModelPlan:
         part = weight_kinds.part_of(entries)
         fix = f" It is {weight_kinds.PART_NAMES[part]}: {OPTIONS[part]} {file}." if part else ""
         raise SettingsError(f"{where} has no denoiser of {', '.join(family_names())}.{fix}")
-    facts = get_family(name).FACTS
-    base, source = _config(asked, file, facts, bare)
+    base, source = _config(asked, file, get_family(name).FACTS, bare)
+    facts = facts_of(name, base)
     parts = {}
     for part in facts.parts:
         if part == "denoiser" or any(tensor.startswith(PREFIXES[part]) for tensor in entries):

@@ -3,13 +3,14 @@
 CACHE_PATH/weights/KEY holds one converted part; CACHE_PATH/models/KEY is a whole model of links to parts. Both keys
 are digests of everything that decides the content, so jobs share them and nothing in them is ever out of date.
 
-A part is a key of `Family.FACTS.parts`: denoiser, vae, clip_l, clip_g, t5, qwen3, qwen2_5_vl, qwen3_vl.
+A part is a key of `Family.FACTS.parts`: denoiser, vae, clip_l, clip_g, t5, or one of LANGUAGE_MODELS.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from trainer.base_model import configs, lazy_tensors, loading, weight_check
 from trainer.base_model.loading import WEIGHT_FILES
 from trainer.base_model.weight_kinds import LANGUAGE_MODELS
 from trainer.spec.errors import SettingsError, StorageError
-from trainer.spec.family import PREFIXES, Family, get_family
+from trainer.spec.family import PREFIXES, Facts, Family, facts_of, get_family
 from trainer.spec.plan import ModelPlan
 from trainer.spec.prediction_marks import MARKS, prediction_marks
 from trainer.storage import atomic, digests, safetensors_header
@@ -41,11 +42,11 @@ def convert_single_files(model: ModelPlan, cache: Path) -> Path:
     Raises SettingsError for a file that is not what the base model needs, StorageError where the cache fails.
     """
     source = Path(model.path)
-    family = get_family(model.family)
+    facts = facts_of(model.family, model.base)
     if not model.parts and not any(_has_fp16_only(folder) for folder in source.iterdir()):
-        _check_parts(source, family)
+        _check_parts(source, facts)
         return source
-    part_folders = family.FACTS.parts
+    part_folders = facts.parts
     with locked(cache / "models", lambda: log.info("Another job converts weights: waiting for it.")):
         try:
             places: dict[str, Path | None] = {entry.name: entry for entry in source.iterdir()}
@@ -58,18 +59,18 @@ def convert_single_files(model: ModelPlan, cache: Path) -> Path:
                 if place is not None:
                     _link(place, folder / name)
             _remove_dead_links(folder)
-            if family.FACTS.objective == "denoising":
+            if facts.objective == "denoising":
                 _write_schedule(folder / "scheduler" / "scheduler_config.json", model.parts.get("denoiser", ""))
         except OSError as problem:
             raise StorageError(f"CACHE_PATH {cache}: {problem.strerror or problem}.") from problem
-    _check_parts(folder, family)
+    _check_parts(folder, facts)
     return folder
 
 
-def _check_parts(folder: Path, family: Family) -> None:
+def _check_parts(folder: Path, facts: Facts) -> None:
     """Raises SettingsError where the configs of the parts are not allowed, or do not go together."""
     try:
-        configs.check_parts(folder, family.FACTS)
+        configs.check_parts(folder, facts)
     except ValueError as problem:
         raise SettingsError(f"{folder} cannot be used: {problem}. {loading.FIX}.") from problem
 
@@ -151,11 +152,15 @@ def _convert_part(part: str, path: str, model: ModelPlan, *, cache: Path) -> Pat
         return Path(path)
     family = get_family(model.family)
     source = Path(model.path)
-    part_folder = family.FACTS.parts[part]
+    facts = facts_of(model.family, model.base)
+    part_folder = facts.parts[part]
     config = source / part_folder / "config.json"
-    kind = family.FACTS.kinds[part_folder]
-    skeleton = loading.empty_model(kind, config.parent)
+    kind = facts.kinds[part_folder]
+    depth = _layers_in(Path(path)) if part == "mistral3" else None
+    skeleton = loading.empty_model(kind, config.parent, depth=depth)
     config_text = config.read_text(encoding="utf-8")
+    if depth is not None:
+        config_text = json.dumps(loading.shallower(loading.read_config(config.parent, kind), depth))
     key = digests.digest([VERSION, part, kind.names[0], digests.file_digest(Path(path)), config_text])
     folder = cache / "weights" / key[:32]
     if (folder / "config.json").is_file():  # written last
@@ -173,9 +178,18 @@ def _convert_part(part: str, path: str, model: ModelPlan, *, cache: Path) -> Pat
             f"{path} cannot be the {part} of BASE_MODEL={model.base}: {problem}. Name the base model that the file was "
             "made from, or another file."
         ) from problem
-    atomic.write_text(folder / "config.json", config.read_text(encoding="utf-8"))
+    atomic.write_text(folder / "config.json", config_text)
     log.info("Converted the %s of %s in %.1f s.", part, path, time.monotonic() - started)
     return folder
+
+
+def _layers_in(file: Path) -> int:
+    """How many layers of a language model a file holds: ComfyUI's of Mistral has those that FLUX.2 reads, 30 of 40."""
+    numbers = [0]
+    for name in safetensors_header.read_header(file).entries:
+        if found := re.search(r"(?:^|model\.)layers\.(\d+)\.", name):
+            numbers.append(int(found[1]) + 1)
+    return max(numbers)
 
 
 def _read_config(config: Path) -> dict[str, Any]:
@@ -235,14 +249,20 @@ def _convert(function: Callable[[], State]) -> State:
         raise ValueError(str(problem).splitlines()[0]) from problem
 
 
+def _language_model_name(name: str) -> str:
+    return name.removeprefix("model.").removeprefix("language_model.").removeprefix("model.")
+
+
 def _fit(state: State, model: torch.nn.Module, *, part: str) -> State:
     """`state` under the names of `model`.
 
     Raises ValueError for tensors that are missing, have another shape, or (in a denoiser) belong to no layer.
     """
     rest = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
-    if part in LANGUAGE_MODELS:  # with its output layer it has one level more, which transformers leaves out without it
-        rest = {name.removeprefix("model.").removeprefix("language_model."): t for name, t in rest.items()}
+    # With its output layer a language model has one level more, which transformers leaves out without it. Nobody reads
+    # the last norm of a file with the first layers alone, as ComfyUI's of Mistral is; it lacks that.
+    if part in LANGUAGE_MODELS:
+        rest = {_language_model_name(name): t for name, t in rest.items()}
     if part == "clip_l":
         # Every tool reads CLIP-L from single files without its own projection: the identity takes its place.
         rest.pop("text_projection.weight", None)
@@ -253,6 +273,8 @@ def _fit(state: State, model: torch.nn.Module, *, part: str) -> State:
         short = name.removeprefix("text_model.")
         if part == "clip_l" and short == "text_projection.weight":
             rest[short] = torch.eye(*tensor.shape, dtype=torch.float16)
+        if part == "mistral3" and short == "norm.weight":
+            rest.setdefault(short, torch.ones(tensor.shape, dtype=torch.bfloat16))
         if short in rest:
             fitted[name] = rest.pop(short)
     problems = []

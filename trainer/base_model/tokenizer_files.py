@@ -1,8 +1,9 @@
 """The files of a tokenizer: read without trust, so that its own code, patterns and sizes have no effect.
 
 Of tokenizer.json only the vocabulary, the merges and the table of characters are taken, as transformers' classes do:
-how a text is split into words is known of CLIP, T5 and Qwen (`light_tokenizer`, and transformers' own classes). So no
-regular expression of a model is ever compiled. Every ValueError is a sentence about one of the files. No torch.
+how a text is split into words is known of CLIP, T5, Qwen and Mistral (`light_tokenizer`, and transformers' own
+classes). So no regular expression of a model is ever compiled. Every ValueError is a sentence about one of the files.
+No torch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from trainer.storage.read import read_regular
 
 ALL_IN_ONE = "tokenizer.json"  # a fast tokenizer's file, which replaces those with the vocabulary
 VOCABULARY, MERGES = "vocab.json", "merges.txt"  # CLIP's and Qwen's
+TEKKEN = "PreTrainedTokenizerFast"  # the class that reads Mistral's tokenizer, which has none of its own
 CONFIG = "tokenizer_config.json"
 SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
 NAMES = (CONFIG, ALL_IN_ONE, VOCABULARY, MERGES, SPECIAL, ADDED)
@@ -30,7 +32,9 @@ MOST_ADDED = 10_000
 LONGEST_TOKEN = 1_000  # characters
 MOST_SCORE = 1e6
 UNKNOWN = 2  # the place of the token for what is unknown in T5's vocabularies
-MODELS = {"CLIPTokenizer": "BPE", "T5Tokenizer": "Unigram", "Qwen2Tokenizer": "BPE"}
+MODELS = {"CLIPTokenizer": "BPE", "T5Tokenizer": "Unigram", "Qwen2Tokenizer": "BPE", TEKKEN: "BPE"}
+# Class → what else tokenizer_config.json calls it: by other versions of transformers.
+OTHER_NAMES = {TEKKEN: ("LlamaTokenizer", "LlamaTokenizerFast", "TokenizersBackend")}
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 TOKEN_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 SIDE = only("left", "right")
@@ -47,13 +51,16 @@ DEFAULTS = {
     "CLIPTokenizer": {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
     "T5Tokenizer": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
     "Qwen2Tokenizer": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},  # every byte is known
+    TEKKEN: {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
 }
 Token = str | dict[str, Any]  # its text, or a text with flags
 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """What tokens there are: with numbers and merges (byte pair encoding: CLIP, Qwen), or with scores in order (T5)."""
+    """What tokens there are: with numbers and merges (byte pair encoding: CLIP, Qwen, Mistral), or with scores in order
+    (T5).
+    """
 
     numbers: dict[str, int] = field(default_factory=dict)
     merges: list[tuple[str, str]] = field(default_factory=list)
@@ -130,7 +137,7 @@ def read_config(path: Path, class_name: str) -> dict[str, Any]:
     except ValueError as problem:
         raise ValueError(f"{path.name} {problem}") from problem
     name = config.get("tokenizer_class") or class_name
-    if name not in (class_name, f"{class_name}Fast"):
+    if name not in (class_name, f"{class_name}Fast", *OTHER_NAMES.get(class_name, ())):
         raise ValueError(f"{path.name} says tokenizer_class={show(name)}; allowed is {class_name}")
     for key, rule in OPTIONS.items():
         if key in config and not rule.fits(config[key]):

@@ -5,21 +5,19 @@ Files of a kind that cannot be used are refused by what they are, before anythin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 
 from trainer.spec.family import PREFIXES, Facts, Lookalike, Published, base_models, family_names, get_family
 from trainer.storage.safetensors_header import Entry, Header
 
 Entries = Mapping[str, Entry]
-LANGUAGE_MODELS = (
-    "qwen3",
-    "qwen2_5_vl",
-    "qwen3_vl",
-)  # text encoders that one variable names: a base model has one at most
+# Text encoders that one variable names: a base model has one at most.
+LANGUAGE_MODELS = ("qwen3", "qwen2_5_vl", "qwen3_vl", "mistral3")
 VARIABLES = {"denoiser": "MODEL_PATH", "vae": "VAE_PATH", "clip_l": "CLIP_L_PATH", "clip_g": "CLIP_G_PATH"}
 VARIABLES |= {"t5": "T5_PATH"} | dict.fromkeys(LANGUAGE_MODELS, "TEXT_ENCODER_PATH")
 PART_NAMES = {"denoiser": "the denoiser", "vae": "a VAE", "clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
-PART_NAMES |= {"qwen3": "Qwen3", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
+PART_NAMES |= {"qwen3": "Qwen3", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL", "mistral3": "Mistral Small 3.1"}
 CLIPS = ("clip_l", "clip_g")
 LARGE_LAYER = 2**16  # weights; a smaller tensor of integers may be a mark or a table of positions
 SCALES = (".scale_weight", ".weight_scale")  # of a layer in FP8
@@ -166,9 +164,9 @@ def model_problem(header: Header, base_model: str, facts: Facts) -> str | None:
     if not bare.keys() & set(facts.landmarks):
         return _without_denoiser(entries, bare, base_model)
     published = base_models()[base_model][1].published
-    if published is None or facts.landmarks[0] not in bare:
+    if published is None:
         return None
-    if mark := _differing_mark(bare, published):
+    if mark := _differing_mark(bare, published, facts.name):
         fitting = fitting_bases(bare)
         if fitting:
             return f"is of another base model. Fix: BASE_MODEL={fitting[0]}."
@@ -190,8 +188,31 @@ def _without_denoiser(entries: Entries, bare: Entries, base_model: str) -> str:
     return f"holds no denoiser for BASE_MODEL={base_model}. Fix: a file of {base_model}."
 
 
-def _differing_mark(bare: Entries, published: Published) -> str | None:
+def marks_in(bare: Entries, published: Published, family: str) -> dict[str, tuple[int, ...] | None]:
+    """`Published.marks` by the names that a denoiser's tensors have: the original ones or those of diffusers.
+
+    A layer whose rows are in several of diffusers' layers is left out.
+    """
+    if get_family(family).FACTS.landmarks[0] in bare:
+        return published.marks
+    diffusers_names = {}
+    for layer in get_family(family).LORA_KEYS.layers:
+        if len(layer.diffusers_names) == 1:
+            diffusers_names[layer.name] = layer.diffusers_names[0]
+    found = {}
     for name, shape in published.marks.items():
+        layer_name = name.removesuffix(".weight")
+        number = re.search(r"\.(\d+)\.", layer_name)
+        if layer_name not in diffusers_names and number is not None:
+            layer_name = layer_name.replace(number[0], ".{}.", 1)
+        if layer_name in diffusers_names:
+            own = diffusers_names[layer_name].format(number[1] if number else "")
+            found[f"{own}.weight"] = shape
+    return found
+
+
+def _differing_mark(bare: Entries, published: Published, family: str) -> str | None:
+    for name, shape in marks_in(bare, published, family).items():
         if shape is None and name in bare:
             return f"it has {name}"
         if shape is not None and name not in bare:
@@ -204,8 +225,10 @@ def _differing_mark(bare: Entries, published: Published) -> str | None:
 def fitting_bases(bare: Entries) -> list[str]:
     """The values of BASE_MODEL whose marks a denoiser has."""
     fitting = []
-    for base, (_, model) in base_models().items():
-        if model.published is not None and _differing_mark(bare, model.published) is None:
+    for base, (family, model) in base_models().items():
+        if not bare.keys() & set(get_family(family).FACTS.landmarks):
+            continue
+        if model.published is not None and _differing_mark(bare, model.published, family) is None:
             fitting.append(base)
     return fitting
 
@@ -220,17 +243,22 @@ CLIP_LAYERS = (
 )
 # Before a language model's names: alone, with its output layer, and in a model that also reads images, with that and
 # without.
-LEVELS = ("", "model.", "model.language_model.", "language_model.")
+LEVELS = ("", "model.", "model.language_model.", "language_model.", "language_model.model.")
 QWEN3_LAYERS = tuple(f"{level}layers.0.self_attn.q_norm.weight" for level in LEVELS)
 QWEN2_5_VL_LAYERS = tuple(f"{level}layers.0.self_attn.q_proj.bias" for level in LEVELS)
 # Of what reads images in Qwen3-VL, whose language model has the same layers as Qwen3.
 QWEN3_VL_LAYERS = tuple(f"{level}visual.deepstack_merger_list.0.norm.weight" for level in ("", "model."))
-QWEN_TOKENS = tuple(f"{level}embed_tokens.weight" for level in LEVELS)
+# Of Mistral and Llama, which lack Qwen's norms and biases. Llama has other numbers of tokens.
+PLAIN_LAYERS = tuple(f"{level}layers.0.self_attn.q_proj.weight" for level in LEVELS)
+LLAMA_TOKENS = (32000, 128256)
+LANGUAGE_TOKENS = tuple(f"{level}embed_tokens.weight" for level in LEVELS)
+LANGUAGE_GATES = tuple(f"{level}layers.0.mlp.gate_proj.weight" for level in LEVELS)
 VAE_LAYERS = ("decoder.conv_in.weight", "decoder.conv1.weight")  # the latter: of Wan, and so of Qwen-Image
 # Text encoder of several sizes → width → the size's name.
 SIZE_NAMES = {
     "qwen3": {1024: "Qwen3-0.6B", 2048: "Qwen3-1.7B", 2560: "Qwen3-4B", 4096: "Qwen3-8B", 5120: "Qwen3-14B"},
     "qwen3_vl": {2048: "Qwen3-VL-2B", 2560: "Qwen3-VL-4B", 4096: "Qwen3-VL-8B", 5120: "Qwen3-VL-32B"},
+    "mistral3": {3072: "Ministral 3B", 4096: "Mistral 7B or Ministral 8B", 5120: "Mistral Small 3.1"},
 }
 T5_LAYER = "encoder.block.0.layer.0.SelfAttention.q.weight"
 T5_TOKENS = ("shared.weight", "encoder.embed_tokens.weight")
@@ -246,6 +274,9 @@ def part_of(entries: Entries) -> str | None:
         return "qwen3_vl" if any(name in entries for name in QWEN3_VL_LAYERS) else "qwen3"
     if any(name in entries for name in QWEN2_5_VL_LAYERS):
         return "qwen2_5_vl"
+    if any(name in entries for name in PLAIN_LAYERS):
+        tokens = _first_shape(entries, LANGUAGE_TOKENS)
+        return None if tokens is not None and tokens[0] in LLAMA_TOKENS else "mistral3"
     if any(name in entries for name in CLIP_LAYERS):
         shape = _first_shape(entries, TOKENS)
         return "clip_l" if shape is None or shape[-1] <= CLIP_L_WIDTH else "clip_g"
@@ -306,9 +337,14 @@ def _size_problem(part: str, bare: Entries, config: Mapping[str, int]) -> str | 
             return f"is another T5, of {shape[0]} tokens and width {shape[-1]}. Fix: T5 v1.1 XXL (t5xxl)"
         return None
     if part in LANGUAGE_MODELS:
-        shape = _first_shape(bare, QWEN_TOKENS)
+        shape = _first_shape(bare, LANGUAGE_TOKENS)
         if shape is not None and shape[-1] != config["hidden_size"]:
             return _other_width(part, shape[-1], config["hidden_size"])
+        gate = _first_shape(bare, LANGUAGE_GATES)
+        if gate is not None and gate[0] != config["intermediate_size"]:
+            wanted = config["intermediate_size"]
+            has = f"has {gate[0]} numbers in an MLP, and {PART_NAMES[part]} as this base model reads by it {wanted}"
+            return f"{has}. Fix: that one's file"
         return None
     tokens = _first_shape(bare, TOKENS)
     if tokens is not None and tokens[-1] != config["hidden_size"]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from trainer.base_model import model_folder
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import Published, Tokenizer, base_models, get_family
+from trainer.spec.family import Published, Tokenizer, base_models, facts_of
 from trainer.spec.plan import ModelPlan
 from trainer.storage import digests, json_files
 from trainer.storage.folders import build_folder, naming
@@ -37,7 +37,7 @@ def published(model: ModelPlan) -> Published | None:
     base = base_models().get(model.base)
     if base is None or base[1].published is None or model.path or model.revision:
         return None
-    if set(model.parts) != set(get_family(model.family).FACTS.parts):
+    if set(model.parts) != set(facts_of(model.family, model.base).parts):
         return None
     if model.source != base[1].source and not is_without_model(model.source):
         return None
@@ -58,7 +58,7 @@ def missing_parts(model: ModelPlan, names: Mapping[str, str], *, separator: str 
     if base is None or base[1].published is None:
         return []
     missing_names = []
-    facts = get_family(model.family).FACTS
+    facts = facts_of(model.family, model.base)
     for part in facts.parts:
         if part in model.parts:
             continue
@@ -80,7 +80,7 @@ class Vocabulary:
 
 def needed(model: ModelPlan, facts: Published) -> dict[str, Tokenizer]:
     """`Published.tokenizers` without those of text encoders that are left out."""
-    encoders = get_family(model.family).FACTS.parts
+    encoders = facts_of(model.family, model.base).parts
     left_out = {encoders[part].replace("text_encoder", "tokenizer") for part, path in model.parts.items() if not path}
     return {folder: tokenizer for folder, tokenizer in facts.tokenizers.items() if folder not in left_out}
 

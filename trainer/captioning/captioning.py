@@ -28,24 +28,37 @@ from trainer.engine.device import release
 from trainer.spec.errors import DataError, SettingsError
 from trainer.spec.plan import CaptionerPlan, DataPlan, EnginePlan
 from trainer.spec.rules import captioners
-from trainer.spec.rules.captioners import INSTRUCTED, TAGGER
+from trainer.spec.rules.captioners import BATCH, INSTRUCTED, TAGGER
+from trainer.spec.rules.quote import duration
 
 log = logging.getLogger(__name__)
-BATCH = 8  # images at once; halved where the device's memory does not suffice
 LARGEST_PIXELS = 1 << 21  # of an image that a model gets: none looks at more
 MOST_STRETCHED = 150  # times as long as wide: Qwen3-VL's processor refuses 200
 LOG_INTERVAL_S = 15.0
 LARGEST_FILE = 1 << 30  # as in a scan
 
 
+Told = Callable[[int, int, float], None]  # images captioned, images to caption, seconds that are left
+
+
+def tell_nobody(_done: int, _total: int, _left_s: float) -> None:
+    """Progress that nobody wants to know."""
+
+
 def caption_images(
-    scanned: Scan, data: DataPlan, *, cache: Path, engine: EnginePlan, check_in: Callable[[], None]
+    scanned: Scan,
+    data: DataPlan,
+    *,
+    cache: Path,
+    engine: EnginePlan,
+    check_in: Callable[[], None],
+    told: Told = tell_nobody,
 ) -> Scan:
     """The scan with captions for all images that the plan leaves to the model. `data`: with the subsets of the scan.
 
     Captions are kept in `cache`, and written beside the images where the plan says so. `check_in` is called between
-    tokens and batches and may raise: then the finished batches are kept. Raises SettingsError, StorageError,
-    OutOfMemoryError.
+    tokens and batches and may raise: then the finished batches are kept. `told` is called after each batch. Raises
+    SettingsError, StorageError, OutOfMemoryError.
     """
     captioner = data.captioner
     if captioner is None:
@@ -57,7 +70,7 @@ def caption_images(
             "CAPTION_WRITE: captions are kept in CACHE_PATH in any case."
         )
     if answers.missing:
-        _caption_missing(answers.missing, data, captioner, cache=cache, engine=engine, check_in=check_in)
+        _caption_missing(answers.missing, data, captioner, cache=cache, engine=engine, check_in=check_in, told=told)
         answers = find_answers(scanned, data, cache)
         assert not answers.missing
     elif answers.made:
@@ -79,6 +92,7 @@ def _caption_missing(
     cache: Path,
     engine: EnginePlan,
     check_in: Callable[[], None],
+    told: Told,
 ) -> None:
     variable = kinds.named(captioner)
     if not captioner.path:
@@ -95,9 +109,9 @@ def _caption_missing(
             raise SettingsError(f"CAPTION_PROMPT={request.prompt!r} {problem}.")
     started = time.monotonic()
     looking = _Looking(kind, captioner, engine, variable=variable)
-    store, done, total = Store(cache), 0, sum(len(wanted) for wanted in by_request.values())
+    store, total = Store(cache), sum(len(wanted) for wanted in by_request.values())
     log.info("Captioning %d images with %s (%s).", total, captioner.name, looking.describe())
-    last = time.monotonic()
+    pace = _Pace(total, told)
     for request, wanted in by_request.items():
         # In an order that no name changes, so that a job which goes on has the same batches.
         keys = sorted(wanted)
@@ -106,12 +120,33 @@ def _caption_missing(
             batch = keys[start : start + BATCH]
             for key, made in zip(batch, looking.at([wanted[key] for key in batch], request, check_in), strict=True):
                 store.write(key, made)
-            done += len(batch)
-            if time.monotonic() - last > LOG_INTERVAL_S and done < total:
-                last = time.monotonic()
-                log.info("Captioned %d of %d images.", done, total)
+            pace.add(len(batch))
     looking.release()
     log.info("Captioned %d images in %.1f s.", total, time.monotonic() - started)
+
+
+class _Pace:
+    """How fast captions come, measured from the first batch on: for the log, and for whoever is `told`."""
+
+    def __init__(self, total: int, told: Told) -> None:
+        self._total, self._told = total, told
+        self._done = 0
+        self._began = time.monotonic()
+        self._logged = 0.0  # never
+
+    def add(self, count: int) -> None:
+        """So many more images have a caption."""
+        self._done += count
+        now = time.monotonic()
+        image_s = (now - self._began) / self._done
+        left_s = image_s * (self._total - self._done)
+        self._told(self._done, self._total, left_s)
+        if self._done < self._total and now - self._logged > LOG_INTERVAL_S:
+            self._logged = now
+            log.info(
+                "Captioned %d of %d images, at %.2g s an image, measured: %s left.",
+                *(self._done, self._total, image_s, duration(left_s)),
+            )
 
 
 class _Looking:

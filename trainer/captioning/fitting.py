@@ -14,11 +14,9 @@ import torch
 from trainer.engine.device import limit_bytes, torch_dtype
 from trainer.spec.errors import SettingsError
 from trainer.spec.plan import EnginePlan
+from trainer.spec.rules import captioners
 from trainer.storage.atomic import GIB, human_size
 
-# Activations and the keys and values of one image: a megapixel in a model of 8 billion weights takes less.
-WORKING_BYTES = 2 * GIB
-WORKING_SHARE = 0.25  # of the weights; small models need little
 # nf4: 4 bits, and a scale of 32 bits for each 64 weights. The image encoder, the embeddings and the output layer, about
 # a seventh of a model of 8 billion weights, stay in 16 bits.
 NF4_BYTES = 0.5625 * 6 / 7 + 2 / 7
@@ -44,7 +42,7 @@ def choose_way(weights: int, engine: EnginePlan, *, variable: str) -> Way:
         ways.append((Way(torch.bfloat16, four_bits=True), NF4_BYTES))
     needed = 0.0
     for way, size in ways:
-        needed = weights * size + min(WORKING_BYTES, WORKING_SHARE * weights * size)
+        needed = captioners.needed_bytes(weights, size)
         if needed <= free:
             return way
     limit = f", MEMORY_LIMIT_GIB={engine.memory_limit_gib:g}" if engine.memory_limit_gib else ""

@@ -118,10 +118,14 @@ def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> 
 
 
 class BackgroundWriter:
-    """One thread that runs one task at a time. An error of a task is raised by the next call."""
+    """One thread that runs one task at a time. An error of a task is raised by the next call.
 
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "save")
+    `writes`: what it writes, for messages.
+    """
+
+    def __init__(self, writes: str = "save") -> None:
+        self.writes = writes
+        self._thread = ThreadPoolExecutor(1, writes)
         self._running: Future[None] | None = None
 
     def begin(self, task: Callable[[], None]) -> None:
@@ -149,4 +153,4 @@ class BackgroundWriter:
         """Wait for the task. An error is only logged: `close` is for a job that ends because of another one."""
         self._thread.shutdown()
         if self._running is not None and (problem := self._running.exception()) is not None:
-            log.error("The last save failed as well: %s", problem)
+            log.error("The last %s failed as well: %s", self.writes, problem)

@@ -17,7 +17,7 @@ from typing import Any
 from trainer.base_model import without_weights
 from trainer.base_model.light_tokenizer import LightTokenizer
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import CLIP_TOKENS, Facts, get_family
+from trainer.spec.family import CLIP_TOKENS, Facts, facts_of
 from trainer.spec.plan import ModelPlan, Prompt
 from trainer.spec.values import printable
 
@@ -96,7 +96,7 @@ def _limit(tokens: int, longest: int, max_tokens: int) -> int:
 
 def load_light_reader(model: ModelPlan, *, max_tokens: int, hub_cache: Path | None) -> Reader | None:
     """The same reader before a job, without transformers; None if its tokenizer is not on this machine."""
-    facts = get_family(model.family).FACTS
+    facts = facts_of(model.family, model.base)
     without = {facts.parts[part].replace("text_encoder", "tokenizer") for part, path in model.parts.items() if not path}
     for folder, (name, tokens) in facts.text_readers.items():
         if folder in without:

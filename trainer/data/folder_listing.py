@@ -194,6 +194,14 @@ def _walk(root: Path, *, leave_out: Path | None, written: Written) -> Folder:
     return folder
 
 
+def _special_kind(entry: os.DirEntry[str]) -> str | None:
+    """`special_kind`; of a file that is gone by now None, since whoever reads it says so."""
+    try:
+        return special_kind(entry.stat(follow_symlinks=False).st_mode)
+    except OSError:
+        return None
+
+
 class _Walker:
     """Puts each name into its place in `folder`."""
 
@@ -219,7 +227,7 @@ class _Walker:
             return []
         names = [entry.name for entry in found]
         if here:
-            whole = own_output.whole_reason(PurePosixPath(here).name, names)
+            whole = own_output.whole_reason(here.rpartition("/")[2], names)
             kind = "other job"
             if variable not in (None, "OUTPUT_PATH"):  # there, images of the user may lie beside the job's
                 whole = f"the {variable} of this job"
@@ -267,7 +275,7 @@ class _Walker:
         elif entry.is_symlink():
             self._add_link(entry, name)
         else:
-            self._add(name, special_kind(entry.stat(follow_symlinks=False).st_mode))
+            self._add(name, _special_kind(entry))
         return False
 
     def _is_masks(self, entry: os.DirEntry[str]) -> bool:

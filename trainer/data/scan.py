@@ -24,6 +24,7 @@ from trainer.data.caption_files.notes import note_captions
 from trainer.data.captions import FOLDER_NAME, Caption
 from trainer.data.compact.examined import Examined, FileInfo, Files, ScannedFiles
 from trainer.data.compact.image_table import Chosen, ImageTable
+from trainer.data.compact.seen import SeenFiles
 from trainer.data.decode import UnusableImageError
 from trainer.data.folder_listing import Folder, LeftOutName, list_folder
 from trainer.data.folders import leftovers
@@ -83,12 +84,24 @@ def scan_checked(data: DataPlan, *, cpu_workers: int) -> Scan:
     return result
 
 
-def scan(data: DataPlan, *, cpu_workers: int, progress: Progress | None = None, written: Written | None = None) -> Scan:
+def scan(
+    data: DataPlan,
+    *,
+    cpu_workers: int,
+    progress: Progress | None = None,
+    written: Written | None = None,
+    seen: SeenFiles | None = None,
+) -> Scan:
     """Find, hash and decode all images of the plan, in `cpu_workers` processes (0: in this one).
 
-    `written`: the folders that this job writes to, which are no sources. Raises DataError for a folder or caption that
-    cannot be read, UnreachableError if a worker is killed.
+    `written`: the folders that this job writes to, which are no sources. `seen`: images that other scans have read, and
+    this one reads again only if they have changed. Raises DataError for a folder or caption that cannot be read,
+    UnreachableError if a worker is killed.
     """
+
+    def examine(some_files: Sequence[Path]) -> Iterator[FileInfo | str]:
+        return _examine_all(some_files, cpu_workers=cpu_workers, progress=progress)
+
     listings = []
     datasets = []
     for d, dataset in enumerate(data.datasets):
@@ -113,7 +126,7 @@ def scan(data: DataPlan, *, cpu_workers: int, progress: Progress | None = None, 
         for file in listing.folder.files_to_decode():
             files.add(str(file))
     examined = Examined()
-    for info in _examine_all(files, cpu_workers=cpu_workers, progress=progress):
+    for info in seen.examined(files, examine) if seen is not None else examine(files):
         examined.append(info)
     for listing in listings:
         if listing.folder.shards:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -12,12 +13,12 @@ from trainer.engine.attention import cudnn_fix, flash_attention_4
 from trainer.engine.cuda_graphs import PassContext
 from trainer.engine.device import torch_dtype
 from trainer.engine.memory import checkpointing
-from trainer.engine.memory.activation_offload import ActivationOffload
+from trainer.engine.memory.activation_offload import ActivationOffload, without_graph
 from trainer.engine.memory.weight_streaming import WeightStreamer
 from trainer.engine.quantization.frozen_linear import FrozenLinear
 from trainer.spec.errors import SettingsError
 from trainer.spec.plan import EnginePlan
-from trainer.spec.strategies import described, fallbacks
+from trainer.spec.strategies import OFFLOADS_ACTIVATIONS, described, fallbacks
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class Engine:
     """Runs the regions of a denoiser in the first of `fallbacks`; `step_down` drops it for the next.
 
     `regions`: the modules that are compiled and recomputed one by one. `weight_streamer`: of a denoiser whose weights
-    are streamed already.
+    are streamed already, from the host or from other GPUs.
     """
 
     def __init__(
@@ -93,17 +94,25 @@ class Engine:
         policies = ["none"] * kept_blocks + [policy] * (len(self.regions) - kept_blocks)
         checkpointing.apply(self.regions, policies, compiled=self.compiled)
         self.offload = None  # frees its host memory before the weights take some
+        assert offload != "shards" or self.is_sharded, "weights are sharded when they are loaded"
         if offload == "weights" and self.weight_streamer is None:
             self.weight_streamer = WeightStreamer(self.device)
             for region in self.regions:
                 self.weight_streamer.add_region(region)
             self.weight_streamer.allocate_slots()
+        elif offload == "weights" and self.weight_streamer is not None and self.is_sharded:
+            self.weight_streamer.move_to_host()
         if self.weight_streamer:
             self.weight_streamer.attach()
-        if offload != "none":
+        if offload in OFFLOADS_ACTIVATIONS:
             streamed_gib = sum(map(len, self.weight_streamer.buffers)) / 2**30 if self.weight_streamer else 0.0
             limit_gib = None if self.host_gib is None else self.host_gib - streamed_gib
             self.offload = ActivationOffload(self.denoiser, weight_streamer=self.weight_streamer, limit_gib=limit_gib)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether other GPUs have parts of the frozen weights."""
+        return self.weight_streamer is not None and self.weight_streamer.shards is not None
 
     @property
     def compiled_graph_count(self) -> int | None:
@@ -113,7 +122,7 @@ class Engine:
     def can_capture(self, index: int = 0) -> bool:
         """Whether steps can be captured as CUDA graphs in the fallback of this index (0: the one that runs).
 
-        Weight streaming decides in Python which region to fetch next, which a graph cannot hold.
+        Copies of weights from the host to the device were not tried in a graph.
         """
         return len(self.fallbacks) > index and self.fallbacks[index].offload != "weights"
 
@@ -146,17 +155,47 @@ class Engine:
 
     @contextlib.contextmanager
     def forward_backward(self, inner: PassContext = contextlib.nullcontext) -> Iterator[None]:
-        """Around a forward and a backward pass. On leaving, no copy to or from the host is in flight."""
+        """Around a forward and a backward pass. On leaving, no copy to the device or from it is in flight."""
+        self._forget_slots()
         try:
             with inner():
                 yield
         finally:
             if self.offload:
                 self.offload.join()
+            self._forget_slots()
 
     def saved_tensors(self) -> contextlib.AbstractContextManager[None]:
         """Around a forward pass: offloads the tensors that autograd saves, if there is a backward pass to come."""
+        if self.is_sharded:
+            return self._saved_from_slots()
         return self.offload if self.offload and torch.is_grad_enabled() else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _saved_from_slots(self) -> Iterator[None]:
+        """Around a forward pass with sharded weights: those that autograd would save are fetched again."""
+        streamer = self.weight_streamer
+        assert streamer is not None
+        if torch.is_grad_enabled():  # inside `forward_backward`
+            with torch.autograd.graph.saved_tensors_hooks(partial(_pack, streamer), streamer.unpack):
+                yield
+            return
+        self._forget_slots()
+        try:
+            yield
+        finally:
+            self._forget_slots()
+
+    def _forget_slots(self) -> None:
+        """Between passes, some of which are captured as CUDA graphs while others run."""
+        if self.is_sharded and self.weight_streamer is not None:
+            self.weight_streamer.forget()
+
+
+def _pack(streamer: WeightStreamer, tensor: torch.Tensor) -> object:
+    """For `saved_tensors_hooks`: the description of a streamed weight; any other tensor as it is."""
+    packed = streamer.pack(tensor)
+    return without_graph(packed) if isinstance(packed, torch.Tensor) else packed
 
 
 def _frozen_bytes(modules: Sequence[torch.nn.Module]) -> int:

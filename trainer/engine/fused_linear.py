@@ -1,4 +1,4 @@
-"""FP8 layers fused with the operation before them: a norm with its modulation, a GELU, a SwiGLU, or none.
+"""FP8 layers fused with the operation before them: a norm with its modulation, a GELU, a SwiGLU, a gate, or none.
 
 One kernel computes the operation and quantises its result, once for all layers that read it. The layers' LoRA terms are
 columns of their products (`trainer.engine.quantization`).
@@ -150,7 +150,7 @@ def _layer_gradients(
 
 
 class _NormLinear(torch.autograd.Function):
-    """Layers on LayerNorm(x) * (scale_offset + scale) + shift; without a shift, on RMSNorm(x) * (scale_offset + scale).
+    """Layers on norm(x) * (scale_offset + scale) + shift; norm is LayerNorm if `centred`, else RMSNorm.
 
     Returns x as well, for the residual connection. So the gradient that reaches x past the norm arrives here, and the
     kernel adds it without another pass over it. Saves x, scale, shift and h.
@@ -158,16 +158,24 @@ class _NormLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor | None, scale_offset: float, eps: float, *flat: Any
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor | None,
+        scale_offset: float,
+        eps: float,
+        centred: bool,
+        *flat: Any,
     ) -> tuple[Tensor, ...]:
         layers = _unflatten(flat)
         in_features = x.shape[1]
         keep_rows = any(layer.down_RK is not None for layer in layers)
         padding = _padding(layers, in_features)
-        x8, x_scale, rows = norm_rows(x, scale, shift, scale_offset, eps, flat[0].dtype, keep_rows, padding)
+        x8, x_scale, rows = norm_rows(x, scale, shift, scale_offset, eps, centred, flat[0].dtype, keep_rows, padding)
         outputs, h = _linears(rows, x8, x_scale, layers, in_features)
         ctx.scale_offset = scale_offset
         ctx.eps = eps
+        ctx.centred = centred
         ctx.save_for_backward(x, scale, shift, h, *flat)
         return (*outputs, x)
 
@@ -182,23 +190,25 @@ class _NormLinear(torch.autograd.Function):
         while len(g_rows) > NORM_KERNEL_GRADIENTS:  # separate q, k, v and MLP in a single block of Flux.1
             g_rows = [g_rows[0] + g_rows[1], *g_rows[2:]]
         three_g = (*g_rows, *[None] * (NORM_KERNEL_GRADIENTS - len(g_rows)))
-        gx, rows = norm_gradient(x, scale, shift, ctx.scale_offset, ctx.eps, *three_g, residual_grad, gh is not None)
+        norm = (scale, shift, ctx.scale_offset, ctx.eps, ctx.centred)
+        gx, rows = norm_gradient(x, *norm, *three_g, residual_grad, gh is not None)
         g_scale = g_shift = None
         if any(ctx.needs_input_grad[1:3]):  # where the modulation has an adapter
-            g_scale, g_shift = _modulation_gradients(x, scale, shift, g_rows, ctx.eps)
-        return gx, g_scale, g_shift, None, None, *_layer_gradients(rows, gh, up_gradients, layers)
+            g_scale, g_shift = _modulation_gradients(x, scale, shift, g_rows, ctx.eps, centred=ctx.centred)
+        return gx, g_scale, g_shift, None, None, None, *_layer_gradients(rows, gh, up_gradients, layers)
 
 
 def _modulation_gradients(
-    x: Tensor, scale: Tensor, shift: Tensor | None, g_rows: Iterable[Tensor], eps: float
+    x: Tensor, scale: Tensor, shift: Tensor | None, g_rows: Iterable[Tensor], eps: float, *, centred: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of scale and shift, (B, K) each."""
     g = sum(g.float() for g in g_rows).view(len(scale), -1, x.shape[1])  # type: ignore[union-attr]  # a tensor
-    if shift is None:
+    if centred:
+        x_hat = F.layer_norm(x.float(), x.shape[1:], eps=eps)
+    else:
         x_hat, _ = normalized(x, eps, centred=False)
-        return (g * x_hat.view_as(g)).sum(1).to(scale.dtype), None
-    x_hat = F.layer_norm(x.float(), x.shape[1:], eps=eps)
-    return (g * x_hat.view_as(g)).sum(1).to(scale.dtype), g.sum(1).to(shift.dtype)
+    g_shift = None if shift is None else g.sum(1).to(shift.dtype)
+    return (g * x_hat.view_as(g)).sum(1).to(scale.dtype), g_shift
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -232,15 +242,19 @@ class _GeluLinear(torch.autograd.Function):
 
 
 class _SwigluLinear(torch.autograd.Function):
-    """One layer on [left, silu(a) * b] (see `kernels.reference.swiglu_rows`). Saves left, a, b and h."""
+    """One layer on [left, silu(a) * b], or on sigmoid(a) * b (see `kernels.reference.swiglu_rows`).
+
+    Saves left, a, b and h.
+    """
 
     @staticmethod
-    def forward(ctx: Any, left: Tensor | None, a: Tensor, b: Tensor, *flat: Any) -> Tensor:
+    def forward(ctx: Any, left: Tensor | None, a: Tensor, b: Tensor, silu: bool, *flat: Any) -> Tensor:
         layers = _unflatten(flat)
+        ctx.silu = silu
         ctx.in_features = a.shape[1] + (0 if left is None else left.shape[1])
         keep_rows = layers[0].down_RK is not None
         padding = _padding(layers, ctx.in_features)
-        x8, x_scale, rows = swiglu_rows(left, a, b, flat[0].dtype, keep_rows, padding)
+        x8, x_scale, rows = swiglu_rows(left, a, b, silu, flat[0].dtype, keep_rows, padding)
         (output,), h = _linears(rows, x8, x_scale, layers, ctx.in_features)
         ctx.save_for_backward(left, a, b, h, *flat)
         return output
@@ -252,11 +266,11 @@ class _SwigluLinear(torch.autograd.Function):
         gs = [g.contiguous()]
         gh, up_gradients = _adapter_gradients(gs, layers, h)
         (g_rows,) = _input_gradients(gs, layers, gh, ctx.in_features)
-        ga, gb, g_left, rows = swiglu_gradient(left, a, b, g_rows, gh is not None)
+        ga, gb, g_left, rows = swiglu_gradient(left, a, b, ctx.silu, g_rows, gh is not None)
         of_layers = _layer_gradients(rows, gh, up_gradients, layers)
         if left is None:  # g_left is an empty tensor then
-            return None, ga, gb, *of_layers
-        return g_left, ga, gb, *of_layers
+            return None, ga, gb, None, *of_layers
+        return g_left, ga, gb, None, *of_layers
 
 
 class _SharedInputLinear(torch.autograd.Function):
@@ -317,19 +331,25 @@ class _NormResidual(torch.autograd.Function):
         y_MK, g_MK = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (y, g))
         gy = g_weight = None
         if ctx.needs_input_grad[1]:
-            gy, _ = norm_gradient(y_MK, weight, None, 0.0, ctx.eps, g_MK, None, None, None, False)
+            gy, _ = norm_gradient(y_MK, weight, None, 0.0, ctx.eps, False, g_MK, None, None, None, False)
             gy = gy.view_as(y)
         if ctx.needs_input_grad[2]:  # where the modulation has an adapter
-            g_weight, _ = _modulation_gradients(y_MK, weight, None, [g_MK], ctx.eps)
+            g_weight, _ = _modulation_gradients(y_MK, weight, None, [g_MK], ctx.eps, centred=False)
         return g, gy, g_weight, None
 
 
 # torch.compile takes these into its graph without tracing them, and differentiates by their backward functions.
 @torch.compiler.allow_in_graph
 def _norm_linear(
-    x: Tensor, scale: Tensor, shift: Tensor | None, scale_offset: float, eps: float, *flat: Tensor | None
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    scale_offset: float,
+    eps: float,
+    centred: bool,
+    *flat: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    outputs: tuple[Tensor, ...] = _NormLinear.apply(x, scale, shift, scale_offset, eps, *flat)
+    outputs: tuple[Tensor, ...] = _NormLinear.apply(x, scale, shift, scale_offset, eps, centred, *flat)
     return outputs
 
 
@@ -340,8 +360,8 @@ def _gelu_linear(left: Tensor | None, y: Tensor, geglu: bool, *flat: Tensor | No
 
 
 @torch.compiler.allow_in_graph
-def _swiglu_linear(left: Tensor | None, a: Tensor, b: Tensor, *flat: Tensor | None) -> Tensor:
-    output: Tensor = _SwigluLinear.apply(left, a, b, *flat)
+def _swiglu_linear(left: Tensor | None, a: Tensor, b: Tensor, silu: bool, *flat: Tensor | None) -> Tensor:
+    output: Tensor = _SwigluLinear.apply(left, a, b, silu, *flat)
     return output
 
 
@@ -398,23 +418,38 @@ def norm_linear(
         scale, shift = modulation
         scale_offset = 1.0
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    *outputs, x_MD = _norm_linear(x_MD, scale, shift, scale_offset, norm.eps, *flat)
+    *outputs, x_MD = _norm_linear(x_MD, scale, shift, scale_offset, norm.eps, True, *flat)
     return [*(y.view(*x_BTD.shape[:-1], -1) for y in outputs), x_MD.view(x_BTD.shape)]
 
 
-def rms_linear(x_BTD: Tensor, norm: Any, scale_BD: Tensor | None, layers: Sequence[torch.nn.Module]) -> list[Tensor]:
-    """The outputs of `layers`, (B, T, N) each, on RMSNorm(x) * (1 + scale); and x itself, as in `norm_linear`."""
+def rms_linear(
+    x_BTD: Tensor,
+    norm: Any,
+    scale_BD: Tensor | None,
+    layers: Sequence[torch.nn.Module],
+    *,
+    shift_BD: Tensor | None = None,
+    weight_offset: float = 0.0,
+) -> list[Tensor]:
+    """The outputs of `layers`, (B, T, N) each, on RMSNorm(x) * (1 + scale) + shift; and x itself, as in `norm_linear`.
+
+    A shift comes only with a scale. `weight_offset`: 1 for a norm that multiplies by 1 + weight.
+    """
     flat = _flatten(layers, x_BTD.dtype)
     if flat is None:
         y = norm(x_BTD)
         if scale_BD is not None:
             y = y * (1 + scale_BD[:, None])
+        if shift_BD is not None:
+            y = y + shift_BD[:, None]
         return [*(layer(y) for layer in layers), x_BTD]
-    weight_BD = norm.weight[None]
+    weight_BD, offset = norm.weight[None], weight_offset
     if scale_BD is not None:
-        weight_BD = weight_BD.float() * (1 + scale_BD.float())
+        if weight_offset:
+            weight_BD = weight_BD.float() + weight_offset
+        weight_BD, offset = weight_BD.float() * (1 + scale_BD.float()), 0.0
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    *outputs, x_MD = _norm_linear(x_MD, weight_BD, None, 0.0, norm.eps, *flat)
+    *outputs, x_MD = _norm_linear(x_MD, weight_BD, shift_BD, offset, norm.eps, False, *flat)
     return [*(y.view(*x_BTD.shape[:-1], -1) for y in outputs), x_MD.view(x_BTD.shape)]
 
 
@@ -429,7 +464,17 @@ def swiglu_linear(a_BTK: Tensor, b_BTK: Tensor, layer: torch.nn.Module, *, left_
         return output
     a_MK, b_MK = (half.reshape(-1, half.shape[-1]) for half in (a_BTK, b_BTK))
     left_ML = None if left_BTL is None else left_BTL.reshape(-1, left_BTL.shape[-1])
-    return _swiglu_linear(left_ML, a_MK, b_MK, *flat).view(*a_BTK.shape[:-1], -1)
+    return _swiglu_linear(left_ML, a_MK, b_MK, True, *flat).view(*a_BTK.shape[:-1], -1)
+
+
+def gated_linear(gate_BTK: Tensor, x_BTK: Tensor, layer: torch.nn.Module) -> Tensor:
+    """The output of `layer`, (B, T, N), on sigmoid(gate) * x."""
+    flat = _flatten([layer], x_BTK.dtype)
+    if flat is None:
+        output: Tensor = layer(x_BTK * gate_BTK.sigmoid())
+        return output
+    gate_MK, x_MK = (half.reshape(-1, half.shape[-1]) for half in (gate_BTK, x_BTK))
+    return _swiglu_linear(None, gate_MK, x_MK, False, *flat).view(*x_BTK.shape[:-1], -1)
 
 
 def gelu_linear(

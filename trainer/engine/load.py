@@ -21,12 +21,14 @@ from trainer.engine import adapters
 from trainer.engine.device import torch_dtype
 from trainer.engine.fused_linear import install
 from trainer.engine.kernels import self_test
+from trainer.engine.memory.sharding import Peers, Shards
 from trainer.engine.memory.weight_streaming import WeightStreamer
 from trainer.engine.quantization.formats import WEIGHT_FORMATS, weight_format_for
 from trainer.engine.quantization.frozen_linear import freeze
 from trainer.engine.training_adapter import TrainingAdapter
 from trainer.spec.family import Family
 from trainer.spec.plan import EnginePlan
+from trainer.spec.strategies import AWAY
 from trainer.storage import safetensors_header
 
 
@@ -56,6 +58,7 @@ def place_denoiser(
     targets: Sequence[str],
     rank: int = 0,
     streamed: Sequence[torch.nn.Module] = (),
+    shards: Shards | None = None,
     forwards: Mapping[type, type] | None = None,
     folder: Path | None = None,
     training_adapter: TrainingAdapter | None = None,
@@ -66,9 +69,9 @@ def place_denoiser(
 
     `dtype`: of activations, and of weights that are not quantised. `fused`, `targets`: see
     `adapters.fuse_projections`. `rank`: of the adapters for which FP8 weights get columns. `streamed`: regions whose
-    weights stay on the host; their streamer is returned. `forwards`: see `Family.fused_forwards`. `folder`: of the
-    weights' files, for messages. `training_adapter`: merged into the weights before they are quantised. Raises
-    SettingsError for weights that are no numbers, and for an adapter of another model.
+    weights wait on the host, or in `shards`; their streamer is returned. `forwards`: see `Family.fused_forwards`.
+    `folder`: of the weights' files, for messages. `training_adapter`: merged into the weights before they are
+    quantised. Raises SettingsError for weights that are no numbers, and for an adapter of another model.
     """
     weight_format = weight_format_for(precision, device)
 
@@ -80,7 +83,7 @@ def place_denoiser(
 
         return of_layer
 
-    streamer = WeightStreamer(device) if streamed else None
+    streamer = WeightStreamer(device, shards=shards) if streamed else None
     outside = _modules_outside(denoiser, [*(block for _, block in blocks), *streamed])
     in_fp32 = _modules_in_fp32(denoiser)
     _bring(outside, device, dtype, in_fp32)
@@ -170,8 +173,12 @@ def load_denoiser(
     targets: Sequence[str],
     rank: int = 0,
     training_adapter: TrainingAdapter | None = None,
+    peers: Peers | None = None,
 ) -> tuple[Any, WeightStreamer | None]:
-    """The denoiser in folder `model`, placed as `plan` says (`place_denoiser`), and its weight streamer, if any."""
+    """The denoiser in folder `model`, placed as `plan` says (`place_denoiser`), and its weight streamer, if any.
+
+    `peers`: the processes that have the parts of sharded weights, which all must call this.
+    """
     denoiser = family.load_denoiser(model, device="cpu", dtype=stored_dtype(model / family.FACTS.parts["denoiser"]))
     forwards = _fused_forwards(family, plan)
     if plan.attention not in ("native", "flash_4"):
@@ -185,12 +192,21 @@ def load_denoiser(
         fused=fused,
         targets=targets,
         rank=rank if forwards else 0,  # without correct kernels, no adapter columns
-        streamed=family.regions(denoiser) if plan.offload == "weights" else (),
+        streamed=family.regions(denoiser) if plan.offload in AWAY else (),
+        shards=shards_for(plan, peers),
         forwards=forwards,
         folder=model / family.FACTS.parts["denoiser"],
         training_adapter=training_adapter,
     )
     return denoiser, streamer
+
+
+def shards_for(plan: EnginePlan, peers: Peers | None) -> Shards | None:
+    """Where the plan's frozen weights are sharded to, if they are."""
+    if plan.offload != "shards":
+        return None
+    assert peers is not None, "sharded weights need other processes"
+    return Shards(peers, plan.device)
 
 
 def _fused_forwards(family: Family, plan: EnginePlan) -> Mapping[type, type]:

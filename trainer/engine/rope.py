@@ -121,13 +121,13 @@ def _head_norm_rope(x: Tensor, weight: Tensor, turns: Tensor, eps: float) -> Ten
     return rotated
 
 
-def head_norm_rope(x_BTF: Tensor, norm: Any, turns_BTR2: Tensor) -> Tensor:
+def head_norm_rope(x_BTF: Tensor, weight_D: Tensor, turns_BTR2: Tensor, eps: float) -> Tensor:
     """The queries or keys of a projection of their own, normalised by head and rotated, (B, T, H, D).
 
-    `turns`: cosine and sine of each token's angles, in each image, or (1, T, R, 2) in all. `norm`: one that
-    `can_fuse_rope` takes.
+    `turns`: cosine and sine of each token's angles, in each image, or (1, T, R, 2) in all; (1, 1, R, 2) for all tokens.
+    `weight`: what an RMSNorm that `can_fuse_rope` takes multiplies by.
     """
-    return _head_norm_rope(x_BTF, norm.weight, turns_BTR2, norm.eps)
+    return _head_norm_rope(x_BTF, weight_D, turns_BTR2, eps)
 
 
 def rope_attention(
@@ -143,21 +143,17 @@ def rope_attention(
         return attention(q, k, v)
     # With one source, v is a view of the projection's output, which is kept anyway.
     outputs = (q, k, v) if len(sources) > 1 else (q, k)
-    with _recomputed(sources, cos_sin_TD, outputs):
+    with _recomputed(outputs):
         return attention(q, k, v)
 
 
-def _recomputed(
-    sources: list[Source], cos_sin_TD: CosSin, outputs: tuple[Tensor, ...]
-) -> contextlib.AbstractContextManager[Any]:
+def _recomputed(outputs: tuple[Tensor, ...]) -> contextlib.AbstractContextManager[Any]:
     """Inside, autograd saves none of the tensors `outputs`: the backward pass recomputes all when it wants the first.
 
     A checkpoint of the rotation alone would save nothing, because attention saves its inputs; one of both would run
     attention's forward pass twice.
     """
-    detached = []
-    for argument in _kernel_arguments(sources, cos_sin_TD):
-        detached.append(argument.detach() if isinstance(argument, Tensor) else argument)
+    rotation: Any = outputs[0].grad_fn  # of `_NormRope`; None without a gradient, and then nothing is saved
     # Attention may save views with other strides: a tensor is known by its address and size.
     known = {t.data_ptr(): (index, t.numel()) for index, t in enumerate(outputs)}
     recomputed: dict[int, Tensor] = {}
@@ -173,7 +169,8 @@ def _recomputed(
             return saved
         index, shape, stride = saved
         if index not in recomputed:
-            recomputed.update(enumerate(rotate(*detached)))
+            # What it has saved: weights that wait elsewhere (`memory.weight_streaming`) are fetched again.
+            recomputed.update(enumerate(rotate(*rotation.saved_tensors, rotation.eps)))
         return recomputed.pop(index).as_strided(shape, stride)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -16,6 +16,8 @@ How to add a family NAME:
      `trainer/training/objective.py`.
    - `LORA_KEYS.layers`: a row for each layer that can have an adapter, under the name that kohya's and ComfyUI's keys
      use. `trainer/lora_files/__init__.py` shows the formats. Check the table against the original checkpoint.
+   - A base model that reads captions in another way, by a pipeline of its own, is no other family:
+     `BaseModel.own_facts` (FLUX.2 dev's, for example).
    - `fused_forwards` returns {} at first: the family then trains in FP8 with the forward passes of diffusers.
 2. `families/miniatures/NAME/`: a model of 5 to 10 MB in diffusers' layout, of the real classes. To train it, add
    its shapes to `miniatures/models.py`, a recipe to `miniatures/recipes.py`, its tokenizers, guidance and steps to

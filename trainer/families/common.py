@@ -26,14 +26,17 @@ if TYPE_CHECKING:
 # ---- loading
 
 
-def load_encoder(kind: ConfigKind, folder: Path, *, tokenizer: Any, device: str, dtype: torch.dtype) -> Any:
+def load_encoder(
+    kind: ConfigKind, folder: Path, *, tokenizer: Any, device: str, dtype: torch.dtype, depth: int | None = None
+) -> Any:
     """A frozen text encoder of transformers. `folder`: its own, inside the model's. `tokenizer`: the one it reads by.
+    `depth`: the number of its layers that are loaded, if not all.
 
     Raises SettingsError for one that cannot be loaded, or has no embedding for a token.
     """
     from trainer.base_model import loading, weight_check
 
-    model = loading.load_model(kind, folder, device=device, dtype=dtype)
+    model = loading.load_model(kind, folder, device=device, dtype=dtype, depth=depth)
     weight_check.check_weights(model.named_parameters(), folder)
     loading.check_tokens(tokenizer, model, folder.with_name(folder.name.replace("text_encoder", "tokenizer")))
     return model.eval()
@@ -160,17 +163,24 @@ def load_scheduler(scheduler_class: Any, folder: Path, kind: ConfigKind, changes
 def pipeline_arguments(
     prompt: Prompt, text: dict[str, torch.Tensor], negative: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """What the pipelines of all families are called with; they return latents.
+    """What a pipeline is called with that takes tokens and pooled outputs; it returns latents."""
+    return {
+        "prompt_embeds": text["tokens"],
+        "pooled_prompt_embeds": text["pooled"],
+        "negative_prompt_embeds": negative["tokens"],
+        "negative_pooled_prompt_embeds": negative["pooled"],
+        **drawing_arguments(prompt),
+    }
+
+
+def drawing_arguments(prompt: Prompt) -> dict[str, Any]:
+    """What the pipelines of all families are called with besides texts and guidance; they return latents.
 
     The generator is on the CPU, so that a seed draws the same noise on every device.
     """
     import torch
 
     return {
-        "prompt_embeds": text["tokens"],
-        "pooled_prompt_embeds": text["pooled"],
-        "negative_prompt_embeds": negative["tokens"],
-        "negative_pooled_prompt_embeds": negative["pooled"],
         "num_inference_steps": prompt.steps,
         "width": prompt.width,
         "height": prompt.height,
@@ -183,6 +193,21 @@ def to_image(pipeline: Any, pixels_BCHW: torch.Tensor) -> Image.Image:
     """The first image of a batch."""
     image: Image.Image = pipeline.image_processor.postprocess(pixels_BCHW)[0]
     return image
+
+
+# ---- latents as tokens
+
+
+def patch_tokens(latents_BCHW: torch.Tensor) -> torch.Tensor:
+    """Patches of 2 x 2 latents, row by row: (B, H/2 * W/2, 4C). Each has the four numbers of its channels in turn."""
+    b, c, h, w = latents_BCHW.shape
+    return latents_BCHW.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * 4)
+
+
+def latents_of_patches(tokens_BTD: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    """Latents (B, C, h, w) of such patches."""
+    b, _, d = tokens_BTD.shape
+    return tokens_BTD.view(b, h // 2, w // 2, d // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, d // 4, h, w)
 
 
 # ---- training

@@ -48,6 +48,8 @@ FOOTPRINT = Footprint(
     peft_weights_per_rank=4.086e6,
     region_count=57,
     text_tokens=512,
+    caption_values=512 * 4096 + 768,  # of T5, and the pooled output of CLIP
+    latent_channels=16,
     saved_gib={"none": 4.6, "products": 3.25, "attention": 0.673, "all": 0.334, "host": 0.02},
     working_gib=0.136,
     largest_region_weights=0.34e9,
@@ -129,6 +131,7 @@ FACTS = Facts(
     hub_tags=("flux",),
     kinds=published.KINDS,
     same_sizes=published.same_sizes,
+    pipeline_cfg="true_cfg_scale",
     prompt_steps=20,
     prompt_guidance=3.5,
     prompt_cfg=1.0,
@@ -267,8 +270,8 @@ def predict(
     """
     import torch
 
-    b, c, h, w = noisy_BCHW.shape
-    patches_BLD = noisy_BCHW.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * 4)
+    b, _, h, w = noisy_BCHW.shape
+    patches_BLD = common.patch_tokens(noisy_BCHW)
     img_ids = torch.zeros(h // 2, w // 2, 3, device=noisy_BCHW.device, dtype=denoiser.dtype)
     img_ids[..., 1] = torch.arange(h // 2, device=noisy_BCHW.device)[:, None]
     img_ids[..., 2] = torch.arange(w // 2, device=noisy_BCHW.device)
@@ -282,7 +285,7 @@ def predict(
         img_ids=img_ids.view(-1, 3),
         return_dict=False,
     )[0]
-    return out_BLD.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+    return common.latents_of_patches(out_BLD, h, w)
 
 
 def sample(

@@ -1,8 +1,11 @@
-"""FLUX.2 klein base (4B, 9B): double blocks, then single ones, over text and image tokens; trained by flow matching.
+"""FLUX.2 klein base (4B, 9B) and dev: double blocks, then single ones, over text and image tokens, by flow matching.
 
-Three things differ from Flux.1. A caption is a message to Qwen3, filled up to 512 tokens, and three of its hidden
-states, side by side, are the text. All blocks of a kind share one modulation. And latents are normalised channel by
-channel, after 2 x 2 of them have become one, by the running statistics of the VAE's BatchNorm.
+Three things differ from Flux.1. A caption is a message to a language model, filled up to 512 tokens, and three of its
+hidden states, side by side, are the text. All blocks of a kind share one modulation. And latents are normalised channel
+by channel, after 2 x 2 of them have become one, by the running statistics of the VAE's BatchNorm.
+
+dev differs from klein in two things: it is told the guidance, and so draws without a negative caption; and its language
+model is Mistral Small 3.1 and not Qwen3. So it has facts, a template and a pipeline of its own, and all else is one.
 
 torch and diffusers are imported inside the functions: a plan needs only FACTS.
 
@@ -12,7 +15,7 @@ Shapes: B batch, C channels of latents, H and W their height and width, L tokens
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base_model import configs
 from trainer.families import common
@@ -31,17 +34,21 @@ from trainer.spec.family import (
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+    from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
     from PIL import Image
 
     from trainer.spec.plan import Prompt
+    from trainer.spec.rules.config_rules import ConfigKind
 
 KINDS = published.KINDS
-TEXT_TOKENS = 512  # the default of diffusers' pipeline
+TEXT_TOKENS = 512  # the default of diffusers' pipelines
 MINIATURE = str(Path(__file__).with_name("miniatures") / "flux2")
+DEV_MINIATURE = str(Path(__file__).with_name("miniatures") / "flux2_dev")
 
 
-def _footprint(*, width: int, double: int, single: int, other_weights: float, encoder_weights: float) -> Footprint:
+def _footprint(
+    *, width: int, double: int, single: int, other_weights: float, text_width: int, encoder_weights: float
+) -> Footprint:
     """Of a model of so many blocks. The numbers of weights are those of the architecture.
 
     The GiB are computed, not measured on a GPU: `none`, `products` and what is saved without fused blocks from the
@@ -60,6 +67,8 @@ def _footprint(*, width: int, double: int, single: int, other_weights: float, en
         peft_weights_per_rank=(38 * double + 15 * single) * width,
         region_count=blocks,
         text_tokens=TEXT_TOKENS,
+        caption_values=TEXT_TOKENS * published.STATES * text_width,
+        latent_channels=32,
         saved_gib={
             "none": (16.3 * double + 14.1 * single) * gib_per_kilotoken,
             "products": (13.3 * double + 12.1 * single) * gib_per_kilotoken,
@@ -76,13 +85,53 @@ def _footprint(*, width: int, double: int, single: int, other_weights: float, en
     )
 
 
-KLEIN_4B = _footprint(width=3072, double=5, single=20, other_weights=0.195e9, encoder_weights=4.02e9)
-KLEIN_9B = _footprint(width=4096, double=8, single=24, other_weights=0.354e9, encoder_weights=7.57e9)
+KLEIN_4B = _footprint(width=3072, double=5, single=20, other_weights=0.195e9, text_width=2560, encoder_weights=4.02e9)
+KLEIN_9B = _footprint(width=4096, double=8, single=24, other_weights=0.354e9, text_width=4096, encoder_weights=7.57e9)
+DEV = _footprint(width=6144, double=8, single=48, other_weights=0.816e9, text_width=5120, encoder_weights=17.34e9)
 
-TEXT_STATES = (9, 18, 27)  # of Qwen3: hidden states that many layers in
-# What Qwen3's chat template makes of one message with enable_thinking=False: the thought is there, and empty.
-BEFORE, AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-TOKENS_BEFORE = 3  # <|im_start|>, user, a new line. The 9 behind the caption are the first that a long one pushes out
+
+class _Reader(NamedTuple):
+    """How a language model reads captions."""
+
+    kinds: dict[str, ConfigKind]
+    states: tuple[int, ...]  # the hidden states that are the text, by the layers that they went through
+    before: str  # what its chat template makes of a message, written out: a template is a program of its repository
+    after: str
+    tokens_before: int  # the tokens behind the caption are the first that a long one pushes out
+    padding_side: str
+
+
+# enable_thinking=False: the thought is there, and empty. Before the caption: <|im_start|>, user, a new line.
+QWEN3 = _Reader(
+    KINDS,
+    published.KLEIN_STATES,
+    before="<|im_start|>user\n",
+    after="<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    tokens_before=3,
+    padding_side="right",
+)
+# The system message of diffusers' pipeline, of 28 tokens, and four marks.
+MISTRAL = _Reader(
+    published.DEV_KINDS,
+    published.DEV_STATES,
+    before="<s>[SYSTEM_PROMPT]You are an AI that reasons about image descriptions. You give structured responses "
+    "focusing on object relationships, object\nattribution and actions without speculation.[/SYSTEM_PROMPT][INST]",
+    after="[/INST]",
+    tokens_before=32,
+    padding_side="left",
+)
+IMAGE_MARK = "[IMG]"  # stands for an image in what Mistral reads; the pipeline removes it from captions
+
+DEV_FACTS: dict[str, Any] = {
+    "parts": {"denoiser": "transformer", "vae": "vae", "mistral3": "text_encoder"},
+    "text_readers": {"tokenizer": ("Mistral", TEXT_TOKENS - MISTRAL.tokens_before)},
+    "pipelines": published.DEV_PIPELINES,
+    "kinds": published.DEV_KINDS,
+    "same_sizes": published.dev_same_sizes,
+    "prompt_guidance": 4.0,
+    "prompt_cfg": 1.0,
+    "draws_with_cfg": False,
+}
 
 FACTS = Facts(
     name="flux2",
@@ -104,7 +153,20 @@ FACTS = Facts(
             published=published.KLEIN_9B,
             licence=licences.flux2("black-forest-labs/FLUX.2-klein-base-9B"),
         ),
+        "flux2-dev": BaseModel(
+            "black-forest-labs/FLUX.2-dev",
+            files_gib=105.0,
+            footprint=DEV,
+            gated=True,
+            aliases=("flux.2-dev",),
+            published=published.DEV,
+            licence=licences.flux2("black-forest-labs/FLUX.2-dev"),
+            own_facts=DEV_FACTS,
+        ),
         "mini-flux2": BaseModel(MINIATURE, files_gib=0.0, resolution=128, defaults={"steps": 20}),
+        "mini-flux2-dev": BaseModel(
+            DEV_MINIATURE, files_gib=0.0, resolution=128, defaults={"steps": 20}, own_facts=DEV_FACTS
+        ),
     },
     files=(
         "model_index.json",
@@ -142,8 +204,8 @@ FACTS = Facts(
     },
     parts={"denoiser": "transformer", "vae": "vae", "qwen3": "text_encoder"},
     landmarks=("double_stream_modulation_img.lin.weight", "double_stream_modulation_img.linear.weight"),
-    text_readers={"tokenizer": ("Qwen3", TEXT_TOKENS - TOKENS_BEFORE)},
-    lookalikes=published.LOOKALIKES,
+    text_readers={"tokenizer": ("Qwen3", TEXT_TOKENS - QWEN3.tokens_before)},
+    lookalikes=(),
     name_cautions=published.NAME_CAUTIONS,
     pipelines=published.PIPELINES,
     hub_tags=("flux2",),
@@ -151,6 +213,7 @@ FACTS = Facts(
     same_sizes=published.same_sizes,
     index_rules=published.INDEX_RULES,
     distilled_defaults={"steps": 4, "cfg": 1.0},  # as the distilled klein models are made to draw
+    pipeline_negative="negative_prompt_embeds=pipe.encode_prompt({})[0]",
     prompt_steps=50,
     prompt_guidance=1.0,
     prompt_cfg=4.0,
@@ -159,41 +222,58 @@ FACTS = Facts(
 # ---- text
 
 
-def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> Flux2KleinPipeline:
-    """A Flux2KleinPipeline of the tokenizer and Qwen3 alone, without the layers whose output is not used."""
-    from diffusers import Flux2KleinPipeline
+def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> Flux2KleinPipeline | Flux2Pipeline:
+    """A pipeline of the tokenizer and the language model alone, without the layers whose output is not used."""
+    from diffusers import Flux2KleinPipeline, Flux2Pipeline
+    from torch import nn
 
     from trainer.base_model.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(folder / "tokenizer", KINDS["tokenizer"])
+    pipeline_class, reader = Flux2KleinPipeline, QWEN3
+    if configs.pipeline_name(folder) in published.DEV_PIPELINES:
+        pipeline_class, reader = Flux2Pipeline, MISTRAL
+    tokenizer = load_tokenizer(folder / "tokenizer", reader.kinds["tokenizer"])
     encoder = common.load_encoder(
-        KINDS["text_encoder"], folder / "text_encoder", tokenizer=tokenizer, device=device, dtype=dtype
+        reader.kinds["text_encoder"],
+        folder / "text_encoder",
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        depth=reader.states[-1],
     )
-    del encoder.layers[TEXT_STATES[-1] + 1 :]  # one more than is used: the last layer's output gets normalised
-    encoder.config.num_hidden_layers = len(encoder.layers)
-    return Flux2KleinPipeline(scheduler=None, vae=None, transformer=None, tokenizer=tokenizer, text_encoder=encoder)
+    encoder.norm = nn.Identity()  # of what the last layer of a whole model gives: here it is one in the middle
+    return pipeline_class(scheduler=None, vae=None, transformer=None, tokenizer=tokenizer, text_encoder=encoder)
 
 
 def encode_text(
-    encoders: Flux2KleinPipeline,
+    encoders: Flux2KleinPipeline | Flux2Pipeline,
     captions: list[str],
     *,
     max_tokens: int = CLIP_TOKENS,  # noqa: ARG001 (of CLIP; this family has none)
 ) -> list[dict[str, torch.Tensor]]:
-    """Three hidden states of Qwen3 side by side: `tokens` (L, 3 * its width), L the same for every caption."""
+    """Three hidden states side by side: `tokens` (L, 3 * the model's width), L the same for every caption."""
     import torch
+    from diffusers import Flux2Pipeline
 
+    reader = QWEN3
+    if isinstance(encoders, Flux2Pipeline):
+        reader = MISTRAL
+        captions = [caption.replace(IMAGE_MARK, "") for caption in captions]
     length = min(TEXT_TOKENS, encoders.tokenizer.model_max_length)
-    # The template is written out: one that a tokenizer brings along is a program of its repository.
-    texts = [f"{BEFORE}{caption}{AFTER}" for caption in captions]
+    texts = [f"{reader.before}{caption}{reader.after}" for caption in captions]
     with torch.no_grad(), common.without_warnings():
         read = encoders.tokenizer(
-            texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            texts,
+            padding="max_length",
+            padding_side=reader.padding_side,
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
         ).to(encoders.text_encoder.device)
         states = encoders.text_encoder(
             input_ids=read.input_ids, attention_mask=read.attention_mask, output_hidden_states=True, use_cache=False
         ).hidden_states
-    tokens_BLD = torch.cat([states[number] for number in TEXT_STATES], dim=-1)
+    tokens_BLD = torch.cat([states[number] for number in reader.states], dim=-1)
     return [{"tokens": tokens_LD.cpu()} for tokens_LD in tokens_BLD]
 
 
@@ -292,7 +372,7 @@ def predict(
     guidance: float,
     geometry_B6: torch.Tensor | None = None,  # noqa: ARG001 (the model gets the patches' positions, no sizes)
 ) -> torch.Tensor:
-    """The velocity (noise - latents). `guidance`: the embedded scale; klein has no such embedding.
+    """The velocity (noise - latents). `guidance`: the embedded scale; klein has no such embedding, and dev has.
 
     A place has four coordinates: an image's patches differ in the second and third, the text's tokens in the fourth.
     """
@@ -331,27 +411,36 @@ def sample(
     negative: dict[str, torch.Tensor],
     scheduler: dict[str, Any] | None = None,
 ) -> Image.Image:
+    """klein goes by `prompt.cfg` and `negative`, dev by `prompt.guidance`: its pipeline has no negative caption."""
     import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Pipeline
 
-    pipe = Flux2KleinPipeline(
-        scheduler=common.load_scheduler(FlowMatchEulerDiscreteScheduler, folder, KINDS["scheduler"], scheduler),
-        vae=vae,
-        transformer=denoiser,
-        is_distilled=configs.is_distilled(folder),
+    components = {
+        "scheduler": common.load_scheduler(FlowMatchEulerDiscreteScheduler, folder, KINDS["scheduler"], scheduler),
+        "vae": vae,
+        "transformer": denoiser,
         **common.without_text_encoders(LORA_KEYS.encoders),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    latents_BCHW = pipe(
-        prompt_embeds=text["tokens"],
-        negative_prompt_embeds=negative["tokens"],
-        guidance_scale=prompt.cfg,
-        num_inference_steps=prompt.steps,
-        width=prompt.width,
-        height=prompt.height,
-        generator=torch.Generator("cpu").manual_seed(prompt.seed),
-        output_type="latent",
-    ).images
+    }
+    arguments = {
+        "prompt_embeds": text["tokens"],
+        "num_inference_steps": prompt.steps,
+        "width": prompt.width,
+        "height": prompt.height,
+        "generator": torch.Generator("cpu").manual_seed(prompt.seed),
+        "output_type": "latent",
+    }
+    if denoiser.config.guidance_embeds:
+        pipe = Flux2Pipeline(**components)
+        pipe.set_progress_bar_config(disable=True)
+        tokens_BTD = pipe(**arguments, guidance_scale=prompt.guidance).images
+        # Unlike klein's pipeline, this one returns the denoiser's own tokens.
+        patches_BCHW = tokens_BTD.transpose(1, 2).unflatten(2, (prompt.height // 16, prompt.width // 16))
+        mean_1C11, std_1C11 = _statistics(vae)
+        latents_BCHW = _from_patches(patches_BCHW * std_1C11.to(patches_BCHW) + mean_1C11.to(patches_BCHW))
+    else:
+        pipe = Flux2KleinPipeline(**components, is_distilled=configs.is_distilled(folder))
+        pipe.set_progress_bar_config(disable=True)
+        latents_BCHW = pipe(**arguments, negative_prompt_embeds=negative["tokens"], guidance_scale=prompt.cfg).images
     return common.to_image(pipe, common.decoded(vae, latents_BCHW.float()))
 
 
@@ -384,7 +473,7 @@ LORA_KEYS = LoraKeys(
         OriginalLayer("final_layer.linear", ("proj_out",)),
         OriginalLayer("final_layer.adaLN_modulation.1", ("norm_out.linear",), halves_swapped=True),
     ),
-    encoders={"text_encoder": "qwen3"},  # no tool trains it
+    encoders={"text_encoder": "qwen3"},  # no tool trains it, nor dev's
     namesake="flux",
     one_width=True,
     file_formats=("native",),  # ComfyUI and diffusers read it; musubi-tuner alone wants kohya's keys

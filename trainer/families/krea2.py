@@ -47,10 +47,10 @@ KINDS = published.KINDS
 MINIATURE = str(Path(__file__).with_name("miniatures") / "krea2")
 
 # The numbers of weights are those of the architecture. The GiB are computed, not measured on a GPU: `none` from what
-# autograd saves of one block of full width on a CPU (bf16, rank 16, without fused blocks: 313 kB for each token), the
-# others from the sizes of the products' outputs (9.8 times the width, for each token), of attention's and of inputs.
-# A caption's 512 tokens count as 721: `text_fusion` keeps 26 times 138 kB of each besides, where the other blocks keep
-# 28 times 313 kB of a token.
+# autograd saves of one fused block on a CPU (FP8, rank 16: 168 kB for each token; 313 of one that is not fused, in
+# bf16), the others from the sizes of the products' outputs (9.8 times the width, for each token), of attention's and of
+# inputs. A caption's 512 tokens count as 721: `text_fusion` keeps 26 times 74 kB of each besides, where the other
+# blocks keep 28 times 168 kB of a token (138 and 313 where they are not fused).
 FOOTPRINT = Footprint(
     block_weights=12.499e9,
     other_weights=0.322e9,
@@ -60,14 +60,15 @@ FOOTPRINT = Footprint(
     peft_weights_per_rank=3.571e6,
     region_count=32,
     text_tokens=721,
-    saved_gib={"none": 8.37, "products": 3.88, "attention": 0.66, "all": 0.33, "host": 0.02},
+    caption_values=160 * 12 * 2560,  # of usual length: 512 tokens would have 31 MB
+    latent_channels=16,
+    saved_gib={"none": 4.49, "products": 3.88, "attention": 0.66, "all": 0.33, "host": 0.02},
     working_gib=0.6,
     largest_region_weights=0.434e9,
     fp8_weights=12.499e9,
     encoder_weights=4.02e9,
     hidden_size=6144,
-    unfused_factor=1.0,
-    caption_values=160 * 12 * 2560,
+    unfused_factor=1.87,
 )
 
 TEXT_TOKENS = 512  # of a caption and of what the template puts behind it: the default of diffusers' pipeline
@@ -139,6 +140,7 @@ FACTS = Facts(
     index_rules=published.INDEX_RULES,
     distilled_defaults=DISTILLED_DEFAULTS,
     same_sizes=published.same_sizes,
+    pipeline_cfg_none=0.0,
     prompt_steps=28,
     prompt_guidance=1.0,
     prompt_cfg=5.5,  # guidance_scale=4.5 of diffusers' pipeline, which counts from 0
@@ -231,7 +233,11 @@ def regions(denoiser: Krea2Transformer2DModel) -> list[torch.nn.Module]:
 
 
 def fused_forwards() -> dict[type, type]:
-    return {}
+    from diffusers.models.transformers.transformer_krea2 import Krea2TextFusionBlock, Krea2TransformerBlock
+
+    from trainer.families.fused_blocks.krea2 import FusedKrea2Block, FusedKrea2TextBlock
+
+    return {Krea2TransformerBlock: FusedKrea2Block, Krea2TextFusionBlock: FusedKrea2TextBlock}
 
 
 # ---- prediction
@@ -250,10 +256,9 @@ def predict(
 
     `text["padding"]` (B, L) is there where captions differ in length: these tokens are not attended to.
     """
-    b, c, h, w = noisy_BCHW.shape
+    h, w = noisy_BCHW.shape[2:]
     tokens_BLSD = text["tokens"].to(denoiser.dtype)
-    # Patches of 2 x 2 latents are the tokens; each has its channels first.
-    patches_BTD = noisy_BCHW.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * 4)
+    patches_BTD = common.patch_tokens(noisy_BCHW)
     out_BTD = denoiser(
         hidden_states=common.traced(patches_BTD.to(denoiser.dtype)),
         encoder_hidden_states=common.traced(tokens_BLSD),
@@ -262,7 +267,7 @@ def predict(
         encoder_attention_mask=~text["padding"].bool() if "padding" in text else None,
         return_dict=False,
     )[0]
-    return _unpacked(out_BTD, h, w)
+    return common.latents_of_patches(out_BTD, h, w)
 
 
 def _places(text_length: int, size: tuple[int, int], device: torch.device) -> torch.Tensor:
@@ -274,12 +279,6 @@ def _places(text_length: int, size: tuple[int, int], device: torch.device) -> to
     image_HW3[..., 1] = torch.arange(rows, device=device)[:, None]
     image_HW3[..., 2] = torch.arange(columns, device=device)
     return torch.cat([torch.zeros(text_length, 3, device=device), image_HW3.flatten(0, 1)])
-
-
-def _unpacked(tokens_BTD: torch.Tensor, h: int, w: int) -> torch.Tensor:
-    """Latents (B, C, H, W) of tokens that are patches of 2 x 2."""
-    b, _, d = tokens_BTD.shape
-    return tokens_BTD.view(b, h // 2, w // 2, d // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, d // 4, h, w)
 
 
 # ---- samples
@@ -296,7 +295,6 @@ def sample(
     scheduler: dict[str, Any] | None = None,
 ) -> Image.Image:
     """`prompt.cfg` counts as in every family, from 1 (none): the pipeline's guidance_scale is one less."""
-    import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Pipeline
 
     pipe = Krea2Pipeline(
@@ -317,13 +315,9 @@ def sample(
     tokens_BTD = pipe(
         **embeddings,
         guidance_scale=prompt.cfg - 1,
-        num_inference_steps=prompt.steps,
-        width=prompt.width,
-        height=prompt.height,
-        generator=torch.Generator("cpu").manual_seed(prompt.seed),
-        output_type="latent",
+        **common.drawing_arguments(prompt),
     ).images
-    latents_BCHW = _unpacked(tokens_BTD, prompt.height // 8, prompt.width // 8)
+    latents_BCHW = common.latents_of_patches(tokens_BTD, prompt.height // 8, prompt.width // 8)
     return common.to_image(pipe, qwen_vae.decode_latents(vae, latents_BCHW))
 
 

@@ -53,6 +53,8 @@ FOOTPRINT = Footprint(
     peft_weights_per_rank=2.189e6,
     region_count=34,
     text_tokens=512,
+    caption_values=512 * 2560,
+    latent_channels=16,
     saved_gib={"none": 3.4, "products": 2.71, "attention": 0.44, "all": 0.22, "host": 0.02},
     working_gib=0.3,
     largest_region_weights=0.181e9,
@@ -131,6 +133,7 @@ FACTS = Facts(
     hub_tags=("z-image",),
     kinds=published.KINDS,
     same_sizes=published.same_sizes,
+    pipeline_cfg_none=0.0,
     prompt_steps=30,
     prompt_guidance=1.0,
     prompt_cfg=5.0,  # guidance_scale=4 of diffusers' pipeline, which counts from 0
@@ -339,7 +342,6 @@ def sample(
     scheduler: dict[str, Any] | None = None,
 ) -> Image.Image:
     """`prompt.cfg` counts as in every family, from 1 (none): the pipeline's guidance_scale is one less."""
-    import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 
     pipe = ZImagePipeline(
@@ -353,11 +355,7 @@ def sample(
         prompt_embeds=_embeds(text),
         negative_prompt_embeds=_embeds(negative),
         guidance_scale=prompt.cfg - 1,
-        num_inference_steps=prompt.steps,
-        width=prompt.width,
-        height=prompt.height,
-        generator=torch.Generator("cpu").manual_seed(prompt.seed),
-        output_type="latent",
+        **common.drawing_arguments(prompt),
     ).images
     return common.to_image(pipe, common.decode_latents(vae, latents_BCHW))
 

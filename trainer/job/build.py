@@ -9,6 +9,7 @@ LoRA files depend on it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from trainer.engine.cuda_graphs import EagerStep, GraphStep
 from trainer.engine.device import torch_dtype
 from trainer.engine.execution import Engine
 from trainer.engine.load import load_denoiser
+from trainer.engine.memory import sharding
+from trainer.engine.memory.sharding import Peers
 from trainer.engine.memory.weight_streaming import WeightStreamer
 from trainer.engine.quantization.cast_adapters import AdapterCast
 from trainer.engine.training_adapter import TrainingAdapter
@@ -36,8 +39,9 @@ from trainer.job.session import Session
 from trainer.job.watchdog import Watchdog
 from trainer.lora_files import convert, key_names, peft_bridge
 from trainer.lora_files.weights import LoraModules
+from trainer.spec import memory_model
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import Facts, Family, get_family
+from trainer.spec.family import Facts, Family, base_models, get_family
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.spec.plan import EnginePlan, LoraPlan, OptimPlan, Plan
 from trainer.spec.values import similar
@@ -139,14 +143,49 @@ def adapter_summary(training_state: TrainingState) -> str:
     return f"{count} adapters ({sum(p.numel() for p in training_state.optimizer_params) / 1e6:.2f} M parameters)"
 
 
-def build_training_state(plan: Plan, family: Family, *, model: Path, total: int) -> TrainingState:
+def with_reachable_shards(plan: Plan, workers: Workers) -> tuple[Plan, Peers | None]:
+    """The plan, and who has the parts of its weights, if these are sharded. All processes must call it.
+
+    Where GPUs cannot read each other's memory, or read it far slower than the host's, the plan is to stream the weights
+    from the host. Raises SettingsError where that was not left to `auto`, or takes more than the host has.
+    """
+    engine = plan.engine
+    if engine.offload != "shards":
+        return plan, None
+    is_auto = "PARAMS_OFFLOAD" in plan.automatic
+    footprint = base_models()[plan.model.base][1].footprint
+    has_room = True
+    needed_gib = 0.0
+    if footprint is not None and engine.host_gib is not None:
+        needed_gib = memory_model.weights_gib(footprint, plan.lora.rank, engine.precision)
+        has_room = needed_gib <= engine.host_gib
+    peers = workers.peers()
+    problem = sharding.unreachable(peers, engine.device, against_host=is_auto and has_room)
+    if not problem:
+        return plan, peers
+    if not is_auto:
+        raise SettingsError(f"PARAMS_OFFLOAD=shards: {problem}. Fix: set PARAMS_OFFLOAD=auto or weights.")
+    if not has_room:
+        raise SettingsError(
+            f"NUM_GPUS={engine.num_gpus}: {problem}, and of the host's memory each process may take "
+            f"{engine.host_gib:.1f} GiB, where the weights need {needed_gib:.1f}. Fix: take larger cards, or cards "
+            "with NVLink."
+        )
+    log.warning("PARAMS_OFFLOAD=weights instead of shards: %s.", problem)
+    engine = dataclasses.replace(engine, recompute="all", kept_blocks=0, offload="weights")
+    return dataclasses.replace(plan, engine=engine), None
+
+
+def build_training_state(
+    plan: Plan, family: Family, *, model: Path, total: int, peers: Peers | None = None
+) -> TrainingState:
     """The models in the folder `model` with adapters, and their optimiser; new, or from the LoRA of PARAMS_RESUME_FROM.
 
-    `total`: optimiser steps of the whole run, for the schedule. Raises SettingsError for targets that match no layer,
-    and for a LoRA file that does not fit.
+    `total`: optimiser steps of the whole run, for the schedule. `peers`: see `with_reachable_shards`. Raises
+    SettingsError for targets that match no layer, and for a LoRA file that does not fit.
     """
     start = load_start_weights(plan.lora, family.FACTS.name)  # before the model loads, since it may be refused
-    adapted = load_adapted_models(plan, family, model)
+    adapted = load_adapted_models(plan, family, model, peers)
     # Copies the adapters into longer parameters, of which they are views from now on.
     groups: list[dict[str, Any]] = []
     for params, arguments in adapted.groups:
@@ -223,7 +262,7 @@ def check_targets(plan: Plan) -> None:
         )
 
 
-def load_adapted_models(plan: Plan, family: Family, model: Path) -> AdaptedModels:
+def load_adapted_models(plan: Plan, family: Family, model: Path, peers: Peers | None = None) -> AdaptedModels:
     """Load the denoiser and the text encoders that train, and put adapters on them."""
     lora = plan.lora
     fused = {} if lora.split_qkv else family.FACTS.fused_targets
@@ -244,6 +283,7 @@ def load_adapted_models(plan: Plan, family: Family, model: Path) -> AdaptedModel
         targets=lora.targets,
         rank=column_rank,
         training_adapter=adapter,
+        peers=peers,
     )
     groups: list[tuple[list[torch.nn.Parameter], dict[str, float]]] = []
     groups.append((add_adapters(denoiser, family.blocks(denoiser), targets=lora.targets, fused=fused), {}))

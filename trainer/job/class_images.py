@@ -21,7 +21,7 @@ from trainer.engine.device import release, torch_dtype
 from trainer.engine.encoders import load_text_encoders, load_vae
 from trainer.engine.load import load_denoiser
 from trainer.job.reporting.status import Status
-from trainer.spec.family import CLIP_TOKENS, base_models, get_family
+from trainer.spec.family import CLIP_TOKENS, base_models, facts_of, get_family
 from trainer.spec.plan import Dataset, Plan, Prompt, Source
 from trainer.storage import atomic, digests, folders, json_files
 from trainer.storage.read import is_regular
@@ -64,8 +64,7 @@ class ClassImages:
 
 def draw_class_images(plan: Plan, *, status: Status, check_in: Callable[[], None]) -> Plan:
     """Draw the class images that are missing; returns the plan with the folder of each source that has some."""
-    family = get_family(plan.model.family)
-    facts = family.FACTS
+    facts = facts_of(plan.model.family, plan.model.base)
     model = Path(plan.model.path)
     defaults: dict[str, Any] = {"steps": facts.prompt_steps, "guidance": facts.prompt_guidance, "cfg": facts.prompt_cfg}
     defaults |= base_models()[plan.model.base][1].defaults
@@ -112,6 +111,8 @@ def _fill(wanted: Sequence[tuple[ClassImages, Path]], plan: Plan, *, model: Path
     encoded = dict(zip(texts, family.encode_text(encoders, texts, max_tokens=plan.train.max_token_length), strict=True))
     del encoders
     release()
+    if engine.offload == "shards":  # this process is alone yet
+        engine = replace(engine, offload="weights")
     denoiser, weight_streamer = load_denoiser(family, model, engine, fused={}, targets=())
     if weight_streamer:
         weight_streamer.attach()

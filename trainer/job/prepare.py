@@ -26,7 +26,7 @@ from trainer.job.reporting.dataset_view import write_dataset_view
 from trainer.job.reporting.status import Status
 from trainer.job.rolling import rolling_cache
 from trainer.spec.errors import DataError
-from trainer.spec.family import get_family
+from trainer.spec.family import facts_of, get_family
 from trainer.spec.plan import AUTO, DataPlan, Plan
 from trainer.spec.rules import automatic, outlook, quote, sanity
 from trainer.storage import own_files
@@ -93,7 +93,12 @@ def find_run(plan: Plan, *, status: Status, check_in: Callable[[], None]) -> tup
         if any(wanting(scanned.images, scanned.data)):
             status.phase("captioning")
         return caption_images(
-            scanned, scanned.data, cache=Path(plan.output.cache), engine=plan.engine, check_in=check_in
+            scanned,
+            scanned.data,
+            cache=Path(plan.output.cache),
+            engine=plan.engine,
+            check_in=check_in,
+            told=status.captioned,
         )
 
     scanned = scan_and_report(
@@ -216,7 +221,7 @@ def scan_and_report(
 
 def note_long_captions(plan: Plan, sampler: EpochSampler, *, scanned: Scan, report: Path) -> None:
     """Warn of captions and prompts that the text encoder does not read to their end; the report gets all of them."""
-    facts = get_family(plan.model.family).FACTS
+    facts = facts_of(plan.model.family, plan.model.base)
     model = Path(plan.model.path)
     reader = caption_length.load_reader(facts, model, max_tokens=plan.train.max_token_length)
     write_dataset_view(report.with_name(own_files.DATASET_VIEW), scanned, plan.data, sampler, reader=reader)

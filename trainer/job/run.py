@@ -43,7 +43,13 @@ from trainer.data.records import Scan
 from trainer.engine.attention import flash_attention_4
 from trainer.engine.device import release, set_up
 from trainer.job import several_nodes
-from trainer.job.build import adapter_summary, build_training_state, check_targets, make_session
+from trainer.job.build import (
+    adapter_summary,
+    build_training_state,
+    check_targets,
+    make_session,
+    with_reachable_shards,
+)
 from trainer.job.class_images import draw_class_images
 from trainer.job.crash_loop import CrashLog
 from trainer.job.handover import HandedOver, hand_over, receive
@@ -231,12 +237,13 @@ def _train(
     rolling: RollingCache | None,
 ) -> None:
     """Steps 7 to 10."""
-    plan = data.plan
     status.phase("loading the model")
     started = time.monotonic()
-    workers.connect(plan.engine.device)
+    workers.connect(data.plan.engine.device)
+    plan, peers = with_reachable_shards(data.plan, workers)
+    data = dataclasses.replace(data, plan=plan)
     family = get_family(plan.model.family)
-    training_state = build_training_state(plan, family, model=Path(plan.model.path), total=data.total)
+    training_state = build_training_state(plan, family, model=Path(plan.model.path), total=data.total, peers=peers)
     log.info("Loaded the model and added %s in %.1f s.", adapter_summary(training_state), time.monotonic() - started)
     _check_in(watchdog, stop)
     first = data.state.step if data.state else 0

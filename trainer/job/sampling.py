@@ -24,7 +24,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from trainer.data.cache import Cache
-from trainer.data.decode import read_sample
+from trainer.data.decode import LARGEST_SAMPLE, read_sample
 from trainer.engine.device import torch_dtype
 from trainer.engine.encoders import load_vae
 from trainer.engine.execution import without_new_compilation
@@ -39,7 +39,6 @@ from trainer.training.objective import scheduler_changes
 from trainer.training.state import TrainingState
 
 log = logging.getLogger(__name__)
-LARGEST_SAMPLE = 1 << 30  # bytes of a PNG file
 Wanted = list[tuple[float, int]]  # samples of a step: strength of the LoRA, number of the prompt
 
 

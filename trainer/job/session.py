@@ -11,14 +11,14 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from trainer.checkpoints.snapshots import Snapshots
+from trainer.checkpoints.snapshots import BackgroundWriter, Snapshots
 from trainer.data import batches
 from trainer.data.batches import MicroBatch
 from trainer.data.cache import Cache
@@ -81,6 +81,7 @@ class Session:
     rolling: RollingCache | None = None  # where the cache holds one window at a time
     held: int = 0  # the step whose window the cache holds, and the step up to which it does
     until: int = 0
+    shower: BackgroundWriter = field(default_factory=partial(BackgroundWriter, "contact sheet"), init=False)
 
     def __post_init__(self) -> None:
         self.workers.requests.is_saving = lambda: self.saver.writer.is_busy
@@ -135,7 +136,7 @@ class Session:
             sampling.set_aside_outdated(self.home / "sample", self.plan.prompts)
         metrics = self.metrics(status, first)
         status.saved = self.saver.saved_step
-        with contextlib.closing(metrics), contextlib.closing(self.saver.writer):
+        with contextlib.closing(metrics), contextlib.closing(self.saver.writer), contextlib.closing(self.shower):
             status.update({"first_step": first})
             metrics.describe(plan_as_markdown(self.plan))
             if every.sample_every and first % every.sample_every == 0:
@@ -175,6 +176,7 @@ class Session:
                     self.stop.check(f" at step {step.number}; it is saved")
                     return None
                 self.saver.writer.check()
+                self.shower.check()
                 self.watchdog.step()
             final = self.finish(status, metrics)
             if final is None:
@@ -185,6 +187,8 @@ class Session:
             final, self.plan, steps=self.total, samples=self.home / "sample", seconds=status.seconds()
         ):
             log.info("%s", line)
+        if found := metrics.risen():
+            log.warning("Compare the samples before you use it: %s.", found)
         return final
 
     def finish(self, status: Status, metrics: Metrics) -> Path | None:
@@ -196,6 +200,7 @@ class Session:
         self.on_first(lambda: exported.append(self.export()))
         if self.plan.output.sample_every:
             self.sample(self.total, status=status, metrics=metrics)
+            self.shower.join()
         self.workers.disconnect()
         return exported[0] if exported else None
 
@@ -375,10 +380,15 @@ class Session:
             self.watchdog.others_take(time.monotonic() - started)
             self.workers.wait_for_all(self.workers.notices_stop)
             self.watchdog.heartbeat()
-            if sampling.collect(step, folder, wanted, workers=self.workers) and self.workers.is_first:
-                contact_sheet(folder, prompts)
-        if self.workers.is_first:
-            metrics.samples(step, sorted(folder.glob(f"step-{step:08d}-*.png")))
+            drawn = sampling.collect(step, folder, wanted, workers=self.workers)
+        if drawn and self.workers.is_first:
+            # Beside the next steps: with many rounds, all their images together take seconds.
+            self.shower.begin(partial(self.show, step, folder, metrics))
+
+    def show(self, step: int, folder: Path, metrics: Metrics) -> None:
+        """Write the contact sheet, and show the samples of `step` on TensorBoard."""
+        contact_sheet(folder, self.plan.prompts)
+        metrics.samples(step, sorted(folder.glob(f"step-{step:08d}-*.png")))
 
     def export(self) -> Path:
         """Write the final LoRA; returns its path. Raises FileMismatchError where it is not what was trained."""

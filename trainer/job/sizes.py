@@ -90,4 +90,5 @@ def _workload(plan: Plan, batch: Batch) -> Workload:
         plan.optim.name,
         plan.optim.args,
         ema=bool(plan.train.ema_decay),
+        shards=plan.engine.num_gpus,
     )

@@ -62,10 +62,16 @@ class Verified:
         text = f"read back, each layer is what was trained to {self.worst:.1e} of its change"
         if self.output is not None and self.effect is not None:
             text += (
-                f". The LoRA changes the model's output by {100 * self.effect:.2g} %, and the file's change differs "
-                f"from the trained one by {100 * self.output:.2g} % of that"
+                f". The LoRA changes the model's output by {percent(self.effect)}, and the file's change differs "
+                f"from the trained one by {percent(self.output)} of that"
             )
         return text
+
+
+def percent(share: float) -> str:
+    """A share in percent, with two digits that count, and never as a power of ten."""
+    found = 100 * share
+    return f"{found:,.0f} %" if found >= 10 else f"{found:.2g} %"
 
 
 def verify(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
@@ -35,6 +35,7 @@ PREFIXES = {
     "qwen3": ("text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_8b.transformer."),
     "qwen2_5_vl": ("text_encoders.qwen25_7b.transformer.",),
     "qwen3_vl": ("text_encoders.qwen3vl_4b.transformer.", "text_encoders.qwen3vl_8b.transformer."),
+    "mistral3": ("text_encoders.mistral3_24b.transformer.",),
 }
 CLIP_TOKENS = 77  # that a CLIP text encoder reads at once, with those of begin and end
 OPTIONAL = "optional:"  # begins a pattern of files whose folder may be missing
@@ -65,6 +66,8 @@ class Footprint:
     peft_weights_per_rank: float
     region_count: int  # modules that `Family.regions` returns
     text_tokens: int  # tokens of a caption; an image has one token for 16 x 16 pixels besides
+    caption_values: int  # numbers that the cache has of a caption: of one as long as any, or of usual length
+    latent_channels: int  # the cache has a mean and a deviation of each, in fp32, for 8 x 8 pixels
     # GiB per kilotoken that the FP8 forward pass saves for the backward pass, by policy of
     # trainer.engine.memory.checkpointing. "host": what stays on the device while all else is offloaded to the host.
     saved_gib: dict[str, float]
@@ -75,8 +78,6 @@ class Footprint:
     hidden_size: int  # the shorter side of most linear layers in the blocks
     capture_gib: float = 2.5  # GiB that CUDA graphs take besides, where the step recomputes
     graph_gib: float = 0.025  # GiB of the driver for each captured graph (`python -m bench shapes`)
-    # Numbers that the cache has of a caption of usual length; 0: `text_tokens` times as many as T5-XXL gives a token.
-    caption_values: int = 0
     unfused_factor: float = 1.45  # saved_gib["none"] is this times as large without the norms and GELUs fused for FP8
     # Batch size → steps measured on an H200 in FP8, captured, with torch's own attention, from which the time of a step
     # elsewhere is predicted (entrypoint.planning.step_time). Empty: nothing was measured.
@@ -152,6 +153,8 @@ class BaseModel:
     published: Published | None = None  # its configs, for jobs whose weights are local files; None: a miniature
     licence: Licence | None = None  # None: a miniature, which is a part of this program
     caution: str = ""  # why its own weights are no good start for training, with the fix; for a warning of the plan
+    # Fields of Facts that are not its family's: where it reads captions by another text encoder. `facts_of` has them.
+    own_facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_miniature(self) -> bool:
@@ -202,6 +205,13 @@ class Facts:
     index_rules: Rules = field(default_factory=dict)
     # Fields of plan.Prompt for a folder whose index says is_distilled, where they differ from the family's.
     distilled_defaults: dict[str, Any] = field(default_factory=dict)
+    # For programs that people run with a LoRA: what diffusers' pipeline calls classifier-free guidance, the value there
+    # that means none, and how it is given a negative prompt.
+    pipeline_cfg: str = "guidance_scale"
+    pipeline_cfg_none: float = 1.0
+    pipeline_negative: str = "negative_prompt={}"
+    # Whether samples go from a negative caption towards the prompt's (--l and --n). False: embedded guidance alone.
+    draws_with_cfg: bool = True
     attention_backends: bool = True  # False: it calls torch's attention, whichever backend diffusers is set to
     # Whether captions differ in length, so that attention gets a mask for what fills up the shorter ones.
     masks_captions: bool = False
@@ -363,6 +373,16 @@ def get_family(name: str) -> Family:
     if name not in family_names():
         raise KeyError(name)
     return cast(Family, importlib.import_module(f"{PACKAGE}.{name}"))
+
+
+def facts_of(name: str, base: str) -> Facts:
+    """The facts of family `name`, with what the base model `base` says instead.
+
+    `base`: a value of BASE_MODEL, or anything else for a model that is only known to be of the family.
+    """
+    facts = get_family(name).FACTS
+    model = facts.models.get(base)
+    return facts if model is None else replace(facts, **model.own_facts)
 
 
 def trainable_encoders(name: str) -> dict[str, str]:

@@ -26,8 +26,10 @@ from trainer.spec.adapter_columns import fits_adapter_columns, padding_for
 from trainer.spec.family import Footprint, base_models, lora_formats
 from trainer.spec.plan import EnginePlan, Plan
 from trainer.spec.strategies import (
+    AWAY,
     MEMORY_MODES,
     OFFLOADS,
+    OFFLOADS_ACTIVATIONS,
     RECOMPUTE_POLICIES,
     MemoryMode,
     RunningMode,
@@ -62,10 +64,11 @@ MAX_USABLE_SHARE = 0.97
 # Share of the offloaded activations that may be on their way to the host at once, and again as much on its way back
 # (`trainer.engine.memory.activation_offload`; docs/lab-notes.md, "Bounded copies").
 IN_FLIGHT_SHARE = 1 / 16
-# Regions whose weights are on the device with weight streaming: the one that runs, and the next
-# (`trainer.engine.memory.weight_streaming`).
+# Regions whose weights are on the device where they come from the host or from other GPUs: the one that runs, and the
+# next (`trainer.engine.memory.weight_streaming`).
 RESIDENT_REGIONS = 2
-# GiB that a step takes besides with weight streaming (`python -m bench step --family flux fp8+all+weights:1`).
+# GiB that a step takes besides with weight streaming (`python -m bench step --family flux fp8+all+weights:1`). Sharded
+# weights come in the same way.
 STREAMING_OVERHEAD_GIB = 1.0
 # The share of output features in the input and output features of all layers that have adapters. Without transposed
 # copies, only the rows of the weights, which are the outputs, are padded for adapter columns.
@@ -101,8 +104,8 @@ class Strategy:
 
     @property
     def weights_on_device(self) -> bool:
-        """Whether all frozen weights stay on the device; otherwise they are streamed from the host."""
-        return self.offload != "weights"
+        """Whether all frozen weights stay on the device; otherwise they come from other GPUs, or from the host."""
+        return self.offload not in AWAY
 
     @property
     def mode(self) -> tuple[str, str]:
@@ -125,6 +128,7 @@ class Workload:
     optimizer: str
     optimizer_args: Mapping[str, Any] = field(default_factory=dict, hash=False)  # PARAMS_OPTIMIZER_ARGS
     ema: bool = False  # an average of the trained numbers is kept (`trainer.training.ema`)
+    shards: int = 1  # GPUs over which the frozen weights may be sharded; 1: over none
 
     def kilotokens(self, footprint: Footprint) -> float:
         """Thousands (1,024) of tokens in a batch: one for each 16 x 16 pixels, and those of the captions."""
@@ -142,16 +146,24 @@ def _activation_bytes(precision: str) -> int:
 
 
 def weights_gib(
-    footprint: Footprint, rank: int, precision: str, offload: str = "none", *, transposed: bool = False
+    footprint: Footprint,
+    rank: int,
+    precision: str,
+    offload: str = "none",
+    *,
+    transposed: bool = False,
+    shards: int = 1,
 ) -> float:
     """The denoiser's frozen weights on the device, with padding for adapter columns, in GiB.
 
-    `transposed`: with transposed copies, which are padded too.
+    `transposed`: with transposed copies, which are padded too. `shards`: see `Workload`.
     """
     bytes_per_weight = PRECISIONS[precision].bytes or _activation_bytes(precision)
     on_device = footprint.block_weights
-    if offload == "weights":
+    if offload in AWAY:
         on_device = RESIDENT_REGIONS * footprint.largest_region_weights
+    if offload == "shards":
+        on_device += footprint.block_weights / shards
     copies = footprint.fp8_weights if transposed else 0.0  # one byte each
     padding = 0.0
     if _is_fp8(precision) and fits_adapter_columns(rank, footprint.hidden_size):
@@ -214,7 +226,7 @@ def _saved_gib_per_kilotoken(
     """What the forward pass keeps on the device for the backward pass, for each kilotoken in 16 bits."""
     everything = footprint.saved_gib["none"] * (1.0 if _is_fp8(precision) else footprint.unfused_factor)
     saved = everything if recompute == "none" else footprint.saved_gib[recompute]
-    if offload != "none":
+    if offload in OFFLOADS_ACTIVATIONS:
         # All but what is on its way, in both directions, is on the host.
         return footprint.saved_gib["host"] + 2 * IN_FLIGHT_SHARE * saved
     kept_share = kept_blocks / footprint.region_count
@@ -236,17 +248,17 @@ def predict_peak_gib(
         footprint, precision=precision, recompute=recompute, kept_blocks=kept_blocks, offload=offload
     )
     kilotokens = workload.kilotokens(footprint) * _activation_bytes(precision) / 2  # the footprint counts 16 bits
-    frozen = weights_gib(footprint, workload.rank, precision, offload, transposed=transposed)
-    streaming = STREAMING_OVERHEAD_GIB if offload == "weights" else 0.0
+    frozen = weights_gib(footprint, workload.rank, precision, offload, transposed=transposed, shards=workload.shards)
+    streaming = STREAMING_OVERHEAD_GIB if offload in AWAY else 0.0
     return frozen + streaming + trained_gib(footprint, workload) + kilotokens * (footprint.working_gib + saved)
 
 
 def pinned_host_gib(footprint: Footprint, workload: Workload, strategy: Strategy) -> float:
     """The pinned host memory that a strategy takes, in GiB."""
-    if strategy.offload == "none":
+    if strategy.offload not in OFFLOADS_ACTIVATIONS:
         return 0.0
     streamed = 0.0
-    if not strategy.weights_on_device:
+    if strategy.offload == "weights":
         streamed = weights_gib(footprint, workload.rank, strategy.precision)
     saved = footprint.saved_gib[strategy.recompute] * workload.kilotokens(footprint)
     return saved * _activation_bytes(strategy.precision) / 2 + streamed
@@ -255,8 +267,9 @@ def pinned_host_gib(footprint: Footprint, workload: Workload, strategy: Strategy
 def candidates(footprint: Footprint, workload: Workload, precisions: Iterable[str]) -> list[Strategy]:
     """The strategies to try, in order of preference.
 
-    First each precision in turn with its weights on the device; then weight streaming, in the last of them, which has
-    the fewest bytes to transfer. 4 bits lose more than rounding, so they come after all of that, in the same order.
+    First each precision in turn with its weights on the device; then, in the last of them, which has the fewest bytes
+    to transfer, the weights sharded over the GPUs, if there are several, and streamed from the host. 4 bits lose more
+    than rounding, so they come after all of that, in the same order.
     """
     of_8_bits_or_more: list[str] = []
     of_4_bits: list[str] = []
@@ -274,7 +287,10 @@ def candidates(footprint: Footprint, workload: Workload, precisions: Iterable[st
         strategies.append(Strategy(precision, mode.recompute, 0, mode.offload, gib))
 
     on_device = [mode for mode in MEMORY_MODES if mode.weights_on_device]
-    streamed = [mode for mode in MEMORY_MODES if not mode.weights_on_device]
+    streamed: list[MemoryMode] = []
+    for mode in MEMORY_MODES:
+        if mode.offload == "weights" or (mode.offload == "shards" and workload.shards > 1):
+            streamed.append(mode)
     for group in (of_8_bits_or_more, of_4_bits):
         for precision in group:
             for mode in on_device:
@@ -305,7 +321,7 @@ def choose(
             possible.append(strategy)
     possible = possible or list(strategies)
     usable_gib = have_gib * USABLE_SHARE
-    limits_gib = {"none": usable_gib, "activations": have_gib * MAX_USABLE_SHARE, "weights": usable_gib}
+    limits_gib = dict.fromkeys(OFFLOADS, usable_gib) | {"activations": have_gib * MAX_USABLE_SHARE}
     chosen = min(possible, key=lambda strategy: strategy.gib)
     for strategy in possible:
         if strategy.gib <= limits_gib[strategy.offload]:
@@ -320,12 +336,13 @@ def _use_spare_memory(
     """Spend the memory that is left on blocks exempt from recompute, or on transposed copies of the weights."""
 
     def changed(*, transposed: bool = False, kept_blocks: int = 0) -> Strategy:
-        """`strategy`, which offloads nothing, with these."""
+        """`strategy`, which offloads no activations, with these."""
         gib = predict_peak_gib(
             footprint,
             workload,
             precision=strategy.precision,
             recompute=strategy.recompute,
+            offload=strategy.offload,
             kept_blocks=kept_blocks,
             transposed=transposed,
         )
@@ -335,7 +352,7 @@ def _use_spare_memory(
     if mode == ("none", "none") and _is_fp8(strategy.precision):
         with_copies = changed(transposed=True)
         return with_copies if with_copies.gib <= usable_gib else strategy
-    if mode not in (("products", "none"), ("attention", "none")):
+    if strategy.recompute not in ("products", "attention") or strategy.offload in OFFLOADS_ACTIVATIONS:
         return strategy
     # A graph of a step that recomputes reserves more than it allocates (docs/lab-notes.md, "Memory of a captured
     # graph"); without that memory the step would be launched kernel by kernel.
@@ -428,7 +445,12 @@ def phase_peaks_gib(
     images_at_once = 1 if tiled else math.ceil(ENCODE_BATCH_MEGAPIXELS * 1e6 / encoded_pixels)
     decode_gib = TILED_DECODE_GIB if tiled else DECODE_GIB_PER_MEGAPIXEL * drawn_pixels / 2**20
     frozen_gib = weights_gib(
-        footprint, workload.rank, strategy.precision, strategy.offload, transposed=strategy.transposed
+        footprint,
+        workload.rank,
+        strategy.precision,
+        strategy.offload,
+        transposed=strategy.transposed,
+        shards=workload.shards,
     )
     return {
         "texts": TEXT_OVERHEAD_GIB + (encoders_gib / STREAMED_ENCODER_DIVISOR if streamed else encoders_gib),

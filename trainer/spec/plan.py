@@ -247,7 +247,8 @@ class EnginePlan:
     # What the backward pass recomputes: a key of trainer.engine.memory.checkpointing.POLICIES.
     recompute: str = neutral("none")
     kept_blocks: int = neutral(0)  # blocks that keep everything, whatever `recompute` says
-    offload: str = neutral("none")  # what is kept in the host's memory: a key of trainer.spec.strategies.OFFLOADS
+    # What is kept in the host's memory, or on the other GPUs: a key of trainer.spec.strategies.OFFLOADS.
+    offload: str = neutral("none")
     turned_weights: bool = neutral(False)  # a transposed copy of 8-bit weights is kept for the backward pass
     stream_encoders: bool = neutral(False)  # the text encoders' layers are streamed to the device one by one
     host_gib: float | None = neutral(None)  # of the host's memory that weights may take; None: any
@@ -308,6 +309,8 @@ class QuotePlan:
     round_s: float = 0.0  # drawing a sample of each prompt
     start_s: float = 0.0  # to the first step, with everything on this machine, without encoding
     image_s: float = 0.0  # encoding an image and its caption
+    caption_s: float = 0.0  # captioning an image by a model (CAPTION_WITH)
+    captioner_s: float = 0.0  # loading that model
     price_per_hour: float | None = None  # of all machines of the job
     limit_hours: float | None = None  # of MAX_RUNTIME or MAX_COST, whichever comes first
     limit: str = ""  # that one in words

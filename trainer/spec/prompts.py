@@ -198,10 +198,17 @@ def has_embedded_guidance(facts: Facts, model: BaseModel) -> bool:
 
 
 def idle_guidance(requests: Sequence[PromptRequest], facts: Facts, model: BaseModel) -> list[str]:
-    """A sentence for each request that sets embedded guidance where the model has none."""
-    if has_embedded_guidance(facts, model):
-        return []
+    """A sentence for each request that sets a kind of guidance, embedded or classifier-free, which the model lacks."""
     idle = []
+    if not facts.draws_with_cfg:
+        for request in requests:
+            if request.cfg not in (None, 0.0, 1.0) or request.negative:
+                idle.append(
+                    f"{request.place}: --l and --n have no effect: this model is drawn without classifier-free "
+                    "guidance. Fix: --g, its embedded guidance."
+                )
+    if has_embedded_guidance(facts, model):
+        return idle
     for request in requests:
         if request.guidance not in (None, 0.0, 1.0):
             idle.append(

@@ -23,7 +23,7 @@ class RecomputePolicy:
 
 @dataclass(frozen=True)
 class OffloadMode:
-    """What waits in host memory. `slowdown`: factor on the time of a step."""
+    """What waits elsewhere than on the device. `slowdown`: factor on the time of a step."""
 
     slowdown: float
     description: str  # for the log; follows that of the policy
@@ -40,12 +40,17 @@ RECOMPUTE_POLICIES = {
 POLICIES = tuple(RECOMPUTE_POLICIES)
 
 # From the most device memory to the least. Slow-downs: Flux.1 in FP8 at batch sizes 4 (activations) and 1 (weights),
-# `python -m bench step --family flux fp8+all+host:4 fp8+all+weights:1`; larger batches hide more of the transfer.
+# `python -m bench step --family flux fp8+all+host:4 fp8+all+weights:1`; larger batches hide more of the transfer. That
+# of sharded weights is an estimate: `python -m bench gpus --what fp8+all+replay+eager --gpus 1 2 --sharded` tells.
 OFFLOADS = {
     "none": OffloadMode(1.0, ""),
     "activations": OffloadMode(1.02, ", activations offloaded"),
+    "shards": OffloadMode(1.05, ", weights sharded over the GPUs"),
     "weights": OffloadMode(1.4, ", activations offloaded, weights streamed"),
 }
+
+AWAY = ("shards", "weights")  # of OFFLOADS: those in which not all frozen weights are on the device
+OFFLOADS_ACTIVATIONS = ("activations", "weights")  # and those in which saved activations wait on the host
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,8 @@ class MemoryMode:
 
     @property
     def weights_on_device(self) -> bool:
-        """Whether all frozen weights stay on the device; otherwise they are streamed from the host."""
-        return self.offload != "weights"
+        """Whether all frozen weights stay on the device; otherwise they come from other GPUs, or from the host."""
+        return self.offload not in AWAY
 
     def is_allowed(self, *, compiled: bool, dora: bool) -> bool:
         """Whether the conditions are met."""
@@ -77,6 +82,11 @@ MEMORY_MODES = (
     # Takes more of the device than the mode above, but nothing of the host, which may not have that memory.
     MemoryMode("all"),
     MemoryMode("all", "activations"),
+    # Only where several GPUs of a machine read each other's memory; then it takes nothing of the host.
+    MemoryMode("none", "shards", works_with_dora=False),
+    MemoryMode("products", "shards", works_with_dora=False),
+    MemoryMode("attention", "shards", works_with_dora=False),
+    MemoryMode("all", "shards", works_with_dora=False),
     MemoryMode("all", "weights", works_with_dora=False),
 )
 
@@ -101,6 +111,7 @@ def fallbacks(policy: str, kept_blocks: int, offload: str, *, compiled: bool) ->
     """The given mode, and after it the modes to fall back to, each of which needs less device memory.
 
     A fallback recomputes at least as much and offloads at least as much as the given mode, and exempts no block.
+    Weights are sharded when they are loaded, or not at all.
     """
     offloads = tuple(OFFLOADS)
     current = RunningMode(policy, kept_blocks, offload)
@@ -109,7 +120,7 @@ def fallbacks(policy: str, kept_blocks: int, offload: str, *, compiled: bool) ->
         recomputes_as_much = POLICIES.index(mode.recompute) <= POLICIES.index(policy) and mode.recompute != "none"
         offloads_as_much = offloads.index(mode.offload) >= offloads.index(offload)
         # DoRA is no condition here: its adapters have been created by now, so the weights may be streamed.
-        allowed = mode.is_allowed(compiled=compiled, dora=False)
+        allowed = mode.is_allowed(compiled=compiled, dora=False) and (mode.offload != "shards" or offload == "shards")
         fallback = RunningMode(mode.recompute, 0, mode.offload)
         if recomputes_as_much and offloads_as_much and allowed and fallback != current:
             modes.append(fallback)

@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.data.cache import Share
+from trainer.engine.memory.sharding import Peers
 from trainer.spec.errors import KilnError, PeerError, SettingsError, StopRequestedError
 from trainer.spec.plan import FIRST_NODE_VARIABLE, RANK_VARIABLE, TEAM_VARIABLE
 from trainer.storage import atomic
@@ -217,6 +218,13 @@ class Workers:
                 check_in()
                 time.sleep(POLL_INTERVAL_S)
             arrived.wait()
+
+    def peers(self) -> Peers:
+        """The processes of this machine, to share out frozen weights among them."""
+        number = self.process_rank % self.per_node
+        # No sign of life meanwhile: a process that does not come to it hangs.
+        wait_for = partial(self.wait_for, check_in=lambda: None)
+        return Peers(number, self.per_node, self.folder, wait_for, self.all_agree)
 
     def share_cache(self, with_first: bool) -> Share:
         """This process's share of the work on its cache. All processes must call it.

@@ -1,10 +1,11 @@
-"""All files below a name in a bucket become a folder in the cache."""
+"""All files below a name in a bucket, or in a folder that Google Drive shares, become a folder in the cache."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import threading
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entrypoint.fetch import http
-from entrypoint.fetch.doors import buckets
+from entrypoint.fetch.doors import buckets, drive_folders, hub_buckets, shares
 from entrypoint.fetch.doors.keys import Keys
 from entrypoint.fetch.doors.offer import refusal
 from entrypoint.fetch.http import RetryPolicy
+from trainer.network import addresses
 from trainer.spec.errors import DataError, GatedError, UnreachableError
 from trainer.storage.folders import build_folder, completed, locked, read_json, storage_error, write_text
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     import httpx
 
 logger = logging.getLogger(__name__)
-Listed = tuple[str, int, str]  # a file's name, bytes and version
+Listed = tuple[str, int, str]  # a file's name, bytes (below 0: the list does not say) and version
 DATE = re.compile(r"\d{4}-\d\d-\d\dT")  # the beginning of a version that is no ETag
 PARALLEL_FILES = 8
 PATIENCE_S = 10.0  # for a silent service, where the folder is here
@@ -37,11 +39,15 @@ def listing(named: str, location: str, keys: Keys, *, retries: RetryPolicy) -> l
     """The files below a name; with none of them, DataError. Raises what `buckets.listed` raises."""
     found = sorted(http.persist(partial(_listed, named, location, keys), what=named, retries=retries))
     if not found:
-        raise DataError(f"{named}: there is no file of this name, and none below it. Check the path in the bucket.")
+        raise DataError(f"{named}: there is no file of this name, and none below it. Check the path.")
     return found
 
 
 def _listed(named: str, location: str, keys: Keys) -> list[Listed]:
+    if hub_buckets.is_one(location):
+        return list(hub_buckets.listed(named, hub_buckets.parse(named, location), keys.hub))
+    if drive_folders.is_one(location):
+        return list(drive_folders.listed(named, location))
     return list(buckets.listed(named, buckets.parse(named, location), keys.clouds))
 
 
@@ -102,6 +108,10 @@ def bring(
 
 
 def _identity(location: str, clouds: Mapping[str, str]) -> str:
+    if hub_buckets.is_one(location):
+        return f"{location} {addresses.hub_endpoint(os.environ)}"
+    if drive_folders.is_one(location):
+        return location
     return f"{location} {buckets.endpoint(buckets.parse(location, location).service, clouds)}".rstrip()
 
 
@@ -119,25 +129,24 @@ def _fill(
     from trainer.network.client import open_client
 
     cancelled = retries.cancelled or threading.Event()
-    progress = http.Progress(named, sum(size for _, size, _ in found))
-    policy = replace(retries, cancelled=cancelled)
+    requests = Requests(named, location, keys, replace(retries, cancelled=cancelled))
+    progress = http.Progress(named, sum(max(0, size) for _, size, _ in found))
 
     def one(row: Listed) -> None:
         staged = _staged(staging, row[0], row[2])
-        part = staged.with_suffix(".part")
-        bring_one(client, location, row, keys, named=named, path=staged, part=part, retries=policy, progress=progress)
+        requests.bring(client, row, path=staged, part=staged.with_suffix(".part"), progress=progress)
 
     with open_client(timeout=retries.timeout) as client:
         jobs = []
         for name, size, version in found:
             # Of an empty file there is nothing to ask for; some are the marks of empty folders.
-            if size > 0 and not _is_here(_staged(staging, name, version), size):
+            if size != 0 and not _is_here(_staged(staging, name, version), size):
                 jobs.append(partial(one, (name, size, version)))
         http.in_parallel(jobs, workers=PARALLEL_FILES, cancelled=cancelled)
     try:
         for name, size, version in found:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            if size > 0:
+            if size != 0:
                 _staged(staging, name, version).rename(target / name)
             else:
                 (target / name).touch()
@@ -146,30 +155,46 @@ def _fill(
     return {"files": len(found)}
 
 
-def bring_one(
-    client: httpx.Client,
-    location: str,
-    row: Listed,
-    keys: Keys,
-    *,
-    named: str,
-    path: Path,
-    part: Path,
-    retries: RetryPolicy,
-    progress: http.Progress | None = None,
-) -> None:
-    """Download one file below a name in a bucket to `path`. Raises what `http.download` raises, and refusals."""
-    name, size, version = row
-    place = buckets.parse(named, location)
+class Requests:
+    """How the files below a name are asked for, with the keys of their service."""
 
-    def refuse(response: httpx.Response) -> None:
-        raise refusal(named, response, key=buckets.KEY_OF[place.service])
+    def __init__(self, named: str, location: str, keys: Keys, retries: RetryPolicy) -> None:
+        self._named, self._keys, self._retries = named, keys, retries
+        self._hub: hub_buckets.HubPlace | None = None
+        self._place: buckets.Place | None = None
+        self._states_versions = False  # whether an answer has the version that the list has
+        if drive_folders.is_one(location):
+            self._key = shares.KEY
+        elif hub_buckets.is_one(location):
+            self._hub, self._key = hub_buckets.parse(named, location), hub_buckets.KEY
+        else:
+            self._place = buckets.parse(named, location)
+            self._key, self._states_versions = buckets.KEY_OF[self._place.service], True
 
-    url = buckets.signed(named, place.below(name), "GET", keys.clouds)
-    stated = None if DATE.match(version) else version
-    what = named if named.endswith(name) else f"{named}: {name}"
-    job = http.Download(url, path, part, what, size=size, version=stated)
-    http.download(client, job, retries=retries, refuse=refuse, progress=progress)
+    def bring(
+        self, client: httpx.Client, row: Listed, *, path: Path, part: Path, progress: http.Progress | None = None
+    ) -> None:
+        """Download one of the files to `path`. Raises what `http.download` raises, and refusals."""
+        name, size, version = row
+        what = f"{self._named}: {name}"
+
+        def refuse(response: httpx.Response) -> None:
+            raise refusal(what, response, key=self._key)
+
+        url, headers = self._address(name, version)
+        stated = version if self._states_versions and not DATE.match(version) else None
+        job = http.Download(url, path, part, what, headers, size=size if size >= 0 else None, version=stated)
+        http.download(client, job, retries=self._retries, refuse=refuse, progress=progress)
+
+    def _address(self, name: str, version: str) -> tuple[str, Mapping[str, str]]:
+        """The address and the headers for a file. Of one in Google Drive, its version is its number there."""
+        if self._hub is not None:
+            headers = {"Authorization": f"Bearer {self._keys.hub}"} if self._keys.hub else {}
+            return self._hub.below(name).address, headers
+        if self._place is None:
+            offer = shares.ask(f"{self._named}: {name}", drive_folders.link_of(version), retries=self._retries)
+            return offer.url, offer.headers
+        return buckets.signed(self._named, self._place.below(name), "GET", self._keys.clouds), {}
 
 
 def _staged(staging: Path, name: str, version: str) -> Path:
@@ -177,7 +202,8 @@ def _staged(staging: Path, name: str, version: str) -> Path:
 
 
 def _is_here(path: Path, size: int) -> bool:
+    """Whether a file has come: it gets this name when it is whole."""
     try:
-        return path.stat().st_size == size
+        return path.stat().st_size == size or size < 0
     except OSError:
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from entrypoint.fetch.doors import buckets, civitai, shares, web
+from entrypoint.fetch.doors import buckets, civitai, hub_buckets, shares, web
 from entrypoint.fetch.doors.keys import Keys
 from entrypoint.fetch.doors.offer import Offer
 from entrypoint.fetch.http import RetryPolicy
@@ -10,7 +10,8 @@ from entrypoint.fetch.http import RetryPolicy
 
 def is_address(text: str) -> bool:
     """Whether `text` names a file of a service, and nothing on this machine and no repository of the Hub."""
-    return text.lower().startswith(("http://", "https://")) or civitai.is_one(text) or buckets.is_one(text)
+    is_web = text.lower().startswith(("http://", "https://"))
+    return is_web or civitai.is_one(text) or buckets.is_one(text) or hub_buckets.is_one(text)
 
 
 def ask(named: str, text: str, keys: Keys, *, retries: RetryPolicy) -> Offer:
@@ -22,6 +23,8 @@ def ask(named: str, text: str, keys: Keys, *, retries: RetryPolicy) -> Offer:
         return civitai.ask(named, text, keys, retries=retries)
     if buckets.is_one(text):
         return buckets.ask(named, text, keys.clouds, retries=retries)
+    if hub_buckets.is_one(text):
+        return web.ask(named, hub_buckets.parse(named, text).address, keys, retries=retries)
     if shares.is_one(text):
         return shares.ask(named, text, retries=retries)
     return web.ask(named, text, keys, retries=retries)
@@ -33,6 +36,8 @@ def key_for(text: str) -> str:
         return civitai.KEY
     if buckets.is_one(text):
         return buckets.KEY_OF[buckets.SCHEMES[text.partition("://")[0].lower()]]
+    if hub_buckets.is_one(text):
+        return hub_buckets.KEY
     return shares.KEY if shares.is_one(text) else web.key_for(text)
 
 

@@ -90,7 +90,7 @@ def _page(named: str, url: str, *, retries: RetryPolicy) -> str | None:
         first = {"Range": "bytes=0-0", "Accept-Encoding": "identity"}
         with client.stream("GET", url, headers=first, extensions={CONTENT: Content()}) as response:
             http.check_status(response, "the service")
-            if _is_login(response):
+            if is_login(response):
                 raise GatedError(f"{named}: the service asks for a login: the file is not shared. Set {KEY}.")
             if response.status_code not in (200, 206):
                 raise refusal(named, response, key=KEY)
@@ -108,7 +108,7 @@ def _page(named: str, url: str, *, retries: RetryPolicy) -> str | None:
         return http.persist(call, what=named, retries=retries)
 
 
-def _is_login(response: httpx.Response) -> bool:
+def is_login(response: httpx.Response) -> bool:
     host = response.url.host
     return host == "accounts.google.com" or response.url.path.startswith(("/ServiceLogin", "/login"))
 

@@ -13,7 +13,10 @@ export function showStatus(status, series) {
   }
   phase.className = `badge ${BADGES[status.phase] || ""}`;
   const words = status.triggers.length ? `, trigger word ${status.triggers.join(", ")}` : "";
-  byId("what").textContent = status.model ? `A LoRA for ${status.model}${words}.` : "";
+  const what = element("p", {}, ...(status.model ? [`A LoRA for ${status.model}${words}. `, ...result(status)] : []));
+  if (byId("what").textContent !== what.textContent) { // else a link would lose the focus
+    byId("what").replaceChildren(...what.childNodes);
+  }
   const progress = byId("progress");
   progress.max = status.total || 1;
   progress.value = Math.min(status.step || 0, status.total || 1);
@@ -22,6 +25,14 @@ export function showStatus(status, series) {
   message.hidden = !status.message;
   message.textContent = status.message || "";
   byId("facts").replaceChildren(...facts(status, series).map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))));
+}
+
+// Where the LoRA is, or will be.
+function result(status) {
+  if (status.output) {
+    return ["It is ", element("a", { href: "#checkpoints" }, status.output), "."];
+  }
+  return status.run && !status.ended ? [`It will be ${status.run}.safetensors, under Files.`] : [];
 }
 
 function title(status) {
@@ -46,14 +57,20 @@ function facts(status, series) {
       found.push([name, value]);
     }
   };
+  if (status.phase === "captioning" && status.to_caption) {
+    add("Captions", `${count(status.captioned)} of ${count(status.to_caption)}`);
+    add("Captions left", duration(status.captions_left_s));
+  }
   if (status.eta_s && !status.ended) {
     add("Training left", duration(status.eta_s));
     add("Ends about", new Date(Date.now() + status.eta_s * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" }));
   }
   add(status.ended ? "This start took" : "This start", status.seconds === undefined ? "" : duration(status.seconds));
-  add("Cost so far", status.cost === undefined ? "" : status.cost.toFixed(2));
+  add(status.ended ? "Cost" : "Cost so far", status.cost === undefined ? "" : status.cost.toFixed(2));
   add("Cost at the end, about", status.cost_at_end === undefined ? "" : status.cost_at_end.toFixed(2));
-  add("Loss, smoothed", figure(series.lossAt(Infinity, smoothing())));
+  const risen = series.risen();
+  const worse = risen ? `; risen from ${figure(risen[0])} to ${figure(risen[1])}: compare the samples` : "";
+  add("Loss, smoothed", `${figure(series.lossAt(Infinity, smoothing()))}${worse}`);
   const validation = series.validation.at(-1);
   if (validation) {
     const least = series.validation.reduce((a, b) => (b[1] < a[1] ? b : a));

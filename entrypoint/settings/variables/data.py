@@ -19,8 +19,8 @@ class DataSettings:
     dataset_name: str | None = row(
         "DATASET_NAME",
         "text",
-        meaning="Hub dataset, folder, .zip or .tar archive (path or address), or folder of a bucket (s3, gs, az); "
-        "needed unless DATASET_CONFIG names sources",
+        meaning="Hub dataset, folder, .zip or .tar archive (path or address), or folder of a bucket (s3, gs, az, "
+        "hf://buckets); needed unless DATASET_CONFIG names sources",
     )
     dataset_config: str | None = row(
         "DATASET_CONFIG",

@@ -64,7 +64,8 @@ class EngineSettings:
         "PARAMS_OFFLOAD",
         "choice",
         default="auto",
-        meaning="what waits in the host's memory: what the backward pass needs, or that and the weights",
+        meaning="what waits elsewhere: in the host's memory what the backward pass needs, or that and the weights; or "
+        "on the other GPUs of the job the weights (shards)",
         choices=lambda: ("auto", *OFFLOADS),
     )
     compile: bool | None = row("PARAMS_COMPILE", "auto_switch", default="auto", meaning="compile the model's blocks")

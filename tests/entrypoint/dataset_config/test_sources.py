@@ -66,8 +66,15 @@ def test_a_page_of_an_archive_is_the_archive(written: str, url: str) -> None:
         ("https://huggingface.co/datasets/owner/name/blob/main/a.png", "a part of the Hub dataset owner/name"),
         ("https://huggingface.co/datasets/owner/name/tree/main/images", "a part of the Hub dataset owner/name"),
         ("https://1drv.ms/u/s!abc", "OneDrive"),
-        ("ftp://bucket/photos", "Allowed: http and https URLs, s3://, gs:// and az://. Fix: download it"),
+        (
+            "ftp://bucket/photos",
+            "Allowed: http and https URLs, s3://, gs://, az:// and hf://buckets/. Fix: download it",
+        ),
         ("s3://bucket/photos.rar", "an archive of a format that is not read"),
+        ("hf://buckets/me", "is not written as hf://buckets/OWNER/BUCKET/PATH"),
+        ("hf://buckets/me/photos/../../you/secret", "is not written as hf://buckets/OWNER/BUCKET/PATH"),
+        ("hf://buckets/me/photos?token=1", "is not written as hf://buckets/OWNER/BUCKET/PATH"),
+        ("hf://buckets/me/photos.rar", "an archive of a format that is not read"),
         ("s3://bucket/a.zip?X-Amz-Signature=1", "keys go into variables"),
         ("https://[x/a.zip", "is no address: its host or port is not written as one"),
         ("https://h:99999/a.zip", "is no address: its host or port is not written as one"),
@@ -96,6 +103,9 @@ def test_what_cannot_be_taken_is_refused_with_the_fix(written: str, told: str) -
     ("written", "kind"),
     [
         ("s3://bucket/photos", "bucket"),
+        ("hf://buckets/me/photos", "bucket"),
+        ("HF://buckets/me/photos/cats and dogs", "bucket"),
+        ("hf://buckets/me/photos/cats.zip", "archive"),
         ("gs://bucket", "bucket"),
         ("az://box/photos/", "bucket"),
         ("s3://bucket/photos.ZIP", "archive"),
@@ -106,6 +116,12 @@ def test_what_cannot_be_taken_is_refused_with_the_fix(written: str, told: str) -
 def test_buckets_and_shared_links(written: str, kind: str) -> None:
     place = classify(written)
     assert (place.kind, place.location) == (kind, written)
+
+
+def test_a_folder_of_google_drive_is_named_by_its_number_alone() -> None:
+    for path in ("drive/folders/1AbC-dEfGhIjKl?usp=sharing", "drive/u/0/folders/1AbC-dEfGhIjKl/"):
+        place = classify(f"https://drive.google.com/{path}")
+        assert (place.kind, place.location) == ("bucket", "https://drive.google.com/drive/folders/1AbC-dEfGhIjKl")
 
 
 def test_keys_in_addresses_are_not_repeated() -> None:

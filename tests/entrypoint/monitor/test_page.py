@@ -156,6 +156,40 @@ def test_what_the_job_writes_appears(page, opened):
     assert texts(opened, "#steps") == ["step 41"] and texts(opened, ".two .side")[1] == "step 41"
 
 
+def test_a_loss_that_has_risen_is_said_beside_it(page, opened):
+    value = "[...document.querySelectorAll('#facts div')].find((fact) => fact.textContent.startsWith('Loss'))"
+    assert "risen" not in opened.value(f"{value}.textContent")  # forty steps that fall
+    rows = []
+    for step in range(41, 141):
+        rows.append(json.dumps({"step": step, "epoch": 1, "lr": 1e-4, "loss": 4.0, "grad_norm": 0.5, "time": 1.0}))
+    with (page.folder / "metrics.jsonl").open("a") as file:
+        file.write("\n" + "\n".join(rows) + "\n")
+    opened.wait_for(f"{value}.textContent.includes('compare the samples')")
+    # The median of the first 20 is that of 1/10 and 1/11.
+    assert "risen from 0.09545 to 4:" in opened.value(f"{value}.textContent")
+
+
+def test_the_overview_says_where_the_result_is(page, opened):
+    status = json.loads((page.folder / "status.json").read_text())
+    (page.folder / "status.json").write_text(json.dumps({**status, "phase": "training"}))
+    opened.wait_for("document.getElementById('what').textContent.includes('It will be x.safetensors')")
+    (page.folder / "status.json").write_text(json.dumps({**status, "output": "x.safetensors"}))
+    opened.wait_for("document.querySelector('#what a') !== null")
+    assert "It is x.safetensors." in texts(opened, "#what")[0]
+    assert opened.value("document.querySelector('#what a').hash") == "#checkpoints"
+
+
+def test_captions_by_a_model_have_their_progress(page, opened):
+    status = json.loads((page.folder / "status.json").read_text())
+    progress = {"captioned": 16, "to_caption": 1200, "captions_left_s": 3000}
+    (page.folder / "status.json").write_text(json.dumps({**status, "phase": "captioning", **progress}))
+    opened.wait_for("document.getElementById('facts').textContent.includes('Captions')")
+    said = texts(opened, "#facts div")
+    assert "Captions16 of 1,200" in said and "Captions left50 min 0 s" in said
+    (page.folder / "status.json").write_text(json.dumps({**status, "phase": "training", **progress}))
+    opened.wait_for("!document.getElementById('facts').textContent.includes('Captions')")
+
+
 def test_files_can_be_downloaded(page, opened):
     link = "document.querySelector('#loras tbody tr:last-child a')"
     assert opened.value(f"{link}.hasAttribute('download')")

@@ -6,6 +6,8 @@ import time
 import pytest
 
 from entrypoint.monitor import numbers, stream
+from entrypoint.monitor.documents import Served
+from entrypoint.monitor.live import Live
 from entrypoint.monitor.log_tail import MOST_KEPT, LogTail
 from entrypoint.monitor.numbers import Numbers
 from tests.support.finished_runs import finished_run, write_sample
@@ -54,6 +56,46 @@ def test_a_viewer_is_told_everything_that_the_folder_says(page):
     assert names == ["x-step00000020.safetensors", "x-step00000040.safetensors", "x.safetensors"]
     assert told["log"]["text"].count("INFO") == 2 and told["log"]["is_whole"]
     assert ["Rank, alpha", "32, 4"] in told["plan"]["settings"] and len(told["plan"]["reasons"]) == 1
+
+
+def test_the_cost_is_by_the_price_of_the_job_where_no_other_is_given(tmp_path):
+    finished_run(tmp_path)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    plan["quote"]["price_per_hour"] = 7.2
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    for given, cost in ((None, 0.18), (3.6, 0.09)):
+        live = Live(Served(tmp_path, price=given))
+        live.look()
+        assert json.loads(live.documents["status"][1])["cost"] == pytest.approx(cost)
+
+
+def test_numbers_are_put_into_words_once_for_all_who_have_as_many(tmp_path, monkeypatch):
+    """Twenty viewers of a fast job: what each of them costs is the bytes that it is sent."""
+    finished_run(tmp_path)
+    live = Live(Served(tmp_path))
+    live.look()
+    streams, counted = stream.Streams(live), []
+    for name in ("history", "since"):
+        monkeypatch.setattr(live.numbers, name, counting(getattr(live.numbers, name), name, counted))
+    viewers = [stream.Viewer.of("", live.instance) for _ in range(3)]
+    late = stream.Viewer.of("", live.instance)
+    first = [streams._news(viewer) for viewer in viewers]
+    assert len(set(first)) == 1 and b"event: history" in first[0] and counted == ["history"]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("\n" + row(41) + "\n")  # ends a half-written line first
+    live.look()
+    news = [streams._news(viewer) for viewer in viewers]
+    assert len(set(news)) == 1 and b"event: rows" in news[0] and counted == ["history", "since"]
+    assert b"event: history" in streams._news(late) and b"41" in news[0]
+    assert counted == ["history", "since", "history"] and streams._news(viewers[0]) == b""
+
+
+def counting(function, name, counted):
+    def call(*arguments):
+        counted.append(name)
+        return function(*arguments)
+
+    return call
 
 
 def test_what_changes_is_told_and_nothing_else(page):

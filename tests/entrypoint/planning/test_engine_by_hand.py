@@ -242,6 +242,39 @@ def test_dora_needs_its_weights_on_the_device():
     assert any("PARAMS_OFFLOAD=activations needs" in line for line in Planned(card(139.0), **both).refused)
 
 
+def several(gib, count, **fields):
+    return dataclasses.replace(card(gib), count=count, **fields)
+
+
+def test_the_weights_are_sharded_over_the_gpus_of_a_job_where_one_does_not_hold_them():
+    """Where a single card would stream them from the host."""
+    assert (
+        Planned(several(16.5, 4)).engine.offload == Planned(several(16.5, 4), NUM_GPUS="1").engine.offload == "weights"
+    )
+    planned = Planned(several(16.5, 4), NUM_GPUS="4")
+    assert planned.mode == ("fp8", "all", 0, "shards") and planned.engine.replay and not planned.refused
+    assert planned.said("PARAMS_OFFLOAD: shards")  # a line of the log with the reason
+    # One that holds them all keeps them.
+    assert Planned(several(139.0, 4), NUM_GPUS="4").engine.offload == "none"
+    # GPUs that do not read each other's memory have the host's.
+    apart = several(16.5, 4, reach_each_other=False)
+    assert Planned(apart, NUM_GPUS="4").engine.offload == "weights"
+    (line,) = Planned(apart, NUM_GPUS="4", PARAMS_OFFLOAD="shards").refused
+    assert "cannot read each other's memory. Fix: set PARAMS_OFFLOAD=auto" in line
+
+
+def test_sharded_weights_are_refused_where_they_cannot_be():
+    (line,) = Planned(several(139.0, 4), PARAMS_OFFLOAD="shards").refused
+    assert line.startswith("PARAMS_OFFLOAD=shards spreads the weights over the GPUs of a job, and this job has one.")
+    both = {"PARAMS_OFFLOAD": "shards", "NUM_GPUS": "2"}
+    (line,) = Planned(several(139.0, 4), **both, PARAMS_LORA_TYPE="dora").refused
+    assert line == "PARAMS_OFFLOAD=shards does not work with PARAMS_LORA_TYPE=dora. Fix: change one of them."
+    assert Planned(several(139.0, 4), **both).mode == ("fp8", "none", 0, "shards")
+    mini = dataclasses.replace(MODEL, footprint=None)
+    assert Planned(several(24.0, 2), model=mini, **both).mode == ("bf16", "none", 0, "shards")
+    assert Planned(CPU, model=mini, **both).mode == ("fp32", "none", 0, "shards")  # to try it out
+
+
 # ---- the other phases
 
 

@@ -68,6 +68,21 @@ def test_time_money_and_steps_belong_together_and_are_those_of_a_check(quoted, t
     )
 
 
+def test_captions_by_a_model_are_in_the_time(quoted, tmp_path, capsys):
+    """Twelve images without a caption; the model's size is known by its name."""
+    file = offers(tmp_path, RTX_4090=0.5)
+    (plain,) = json.loads(quoted("--json", "--prices", file)[1])["gpus"]
+    (row,) = json.loads(quoted("--json", "--prices", file, CAPTION_WITH="joycaption")[1])["gpus"]
+    assert plain["caption_seconds"] == 0 and row["caption_seconds"] > 12
+    assert row["seconds"] == pytest.approx(plain["seconds"] + row["caption_seconds"], abs=1)
+    assert "Times are with the captions that a model is to write" in quoted("--prices", file)[1]
+    entrypoint.main(["--check", "--gpu", "RTX 4090", "--json"])
+    checked = json.loads(capsys.readouterr().out)["job"]["quote"]
+    assert (checked["seconds"], checked["caption_seconds"]) == (row["seconds"], row["caption_seconds"])
+    code, printed = quoted("--prices", file, CAPTION_WITH="somebody/model")
+    assert code == 0 and "Captions by a model (CAPTION_WITH) come on top" in printed
+
+
 def test_several_machines_cost_the_price_of_each(quoted, tmp_path):
     """MAX_COST is what each of them may cost."""
     file = offers(tmp_path, H100=3.0)

@@ -23,7 +23,7 @@ from entrypoint.settings.variables import NAMES
 from entrypoint.system.hardware import Hardware
 from tests.support.machines import CPU, FULL, HOME, LARGE_GPU, MINI, NOW, SMALL_GPU
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import base_models, get_family, timestep_samplings, trainable_encoders
+from trainer.spec.family import base_models, facts_of, get_family, timestep_samplings, trainable_encoders
 from trainer.spec.optimizers import OPTIMIZERS, SCHEDULERS
 from trainer.spec.plan import Dataset, Plan
 from trainer.spec.rules.resume_rules import changes
@@ -758,7 +758,7 @@ def test_a_rate_for_text_encoders_that_are_never_trained_is_refused():
 
 def test_a_length_for_clip_is_refused_with_what_the_model_reads_by():
     for base, (name, _) in MODELS.items():
-        facts = get_family(name).FACTS
+        facts = facts_of(name, base)
         if 225 in facts.max_token_lengths:
             continue
         said = refusal(BASE_MODEL=base, PARAMS_MAX_TOKEN_LENGTH="225")

@@ -91,6 +91,9 @@ def test_distilled_weights_under_the_bases_name_are_warned_of(name, distilled):
 @pytest.mark.parametrize(
     ("base", "path", "distilled"),
     [
+        ("flux2-dev", "org/FLUX.2-dev-Turbo", True),
+        ("flux2-dev", "org/flux2-dev-8steps-fp8", True),
+        ("flux2-dev", "org/flux2_dev_fp8mixed", False),
         ("krea2", "krea/Krea-2-Turbo", True),
         ("krea2", "someone/krea2_turbo_fp8_scaled", True),
         ("krea2", "someone/krea-2-finetune", False),

@@ -186,6 +186,18 @@ def test_a_file_with_the_blocks_of_another_model_is_warned_of(tmp_path, base, co
         assert f"Its last block is that of {owner}." in said[0] and f"set BASE_MODEL={owner}." in said[0]
 
 
+@pytest.mark.parametrize(
+    ("base", "width", "wanted"),
+    [("flux2-klein-4b", 6144, 3072), ("flux2-klein-9b", 6144, 4096), ("flux2-dev", 3072, 6144), ("flux", 6144, 3072)],
+)
+def test_a_lora_of_another_size_of_the_same_names_is_refused(tmp_path, base, width, wanted):
+    tensors: Matrices = {}
+    for layer in ATTENTION:
+        tensors |= peft(f"{DOUBLE}.0.{layer}", rank=1, width=width)
+    message = refusal(write(tmp_path / "x.safetensors", tensors), BASE_MODEL=base, BACKEND="cpu")
+    assert f"is [{width}, {width}] in the file, and layers of {base} are {wanted} wide" in message
+
+
 def test_a_header_that_names_the_family_needs_no_warning(tmp_path):
     names = {"modelspec.architecture": f"{get_family('qwen_image').FACTS.architecture}/lora"}
     found = plan(attention_file(tmp_path, 19, **names), base="qwen-image", BACKEND="cpu")

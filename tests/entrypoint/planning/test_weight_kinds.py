@@ -15,9 +15,9 @@ from bench.layouts import write_zeros
 from bench.original_names import checkpoint, miniature, original, under, vae_original
 from tests.support import full_size_files
 from tests.support.single_files import planned
-from trainer.base_model import model_folder
+from trainer.base_model import model_folder, without_weights
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import get_family
+from trainer.spec.family import base_models, get_family
 
 F16 = torch.zeros(1).half()
 
@@ -68,14 +68,6 @@ OTHERS = {
         {"double_stream_modulation_img.lin.weight": F16, "double_blocks.0.img_attn.qkv.weight": F16},
         "is of another family: holds no denoiser for BASE_MODEL=flux-dev. Fix: BASE_MODEL=flux2-klein-4b",
     ),
-    "flux 2 dev": (
-        {"double_stream_modulation_img.lin.weight": F16, "guidance_in.in_layer.weight": meta(6144, 256)},
-        "is FLUX.2 dev, which is not trained here",
-    ),
-    "flux 2 dev of diffusers": (
-        {"time_guidance_embed.guidance_embedder.linear_1.weight": meta(6144, 256)},
-        "is FLUX.2 dev",
-    ),
     "wan": ({"blocks.0.self_attn.q.weight": F16}, "is Wan"),
     "qwen": (
         under("model.diffusion_model.", {"txt_in.text_norm.weight": F16}),
@@ -108,11 +100,18 @@ def test_a_file_that_is_no_base_model_is_said_to_be_what_it_is(refusal, tmp_path
     assert expected in said and "MODEL_PATH=" in said and "Fix: " in said
 
 
-@pytest.mark.parametrize("base", ["flux2-klein-4b", "flux2-klein-9b"])
-@pytest.mark.parametrize("name", ["flux 2 dev", "flux 2 dev of diffusers"])
-def test_flux2_dev_given_as_klein_is_named(refusal, tmp_path, base, name):
-    said = refusal(base, MODEL_PATH=zeros(tmp_path / "file.safetensors", OTHERS[name][0]))
-    assert f"is FLUX.2 dev, which is not trained here. Fix: a file of {base}." in said
+@pytest.mark.parametrize("original", [True, False], ids=["original names", "diffusers' names"])
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [
+        *(("flux2-klein-4b", "flux2-dev"), ("flux2-klein-9b", "flux2-dev")),
+        *(("flux2-dev", "flux2-klein-4b"), ("flux2-dev", "flux2-klein-9b"), ("flux2-klein-9b", "flux2-klein-4b")),
+    ],
+)
+def test_a_file_of_another_size_of_flux2_names_that_one(refusal, tmp_path, asked, given, original):
+    state = full_size_files.denoiser(given) if original else full_size_files.parts(given)["denoiser"]
+    said = refusal(asked, MODEL_PATH=zeros(tmp_path / "file.safetensors", state))
+    assert f"is of another base model. Fix: BASE_MODEL={given}." in said
 
 
 @pytest.mark.parametrize(
@@ -128,6 +127,8 @@ def test_flux2_dev_given_as_klein_is_named(refusal, tmp_path, base, name):
         ("flux2-klein-4b", "flux-dev", "BASE_MODEL=flux"),
         ("flux2-klein-4b", "flux2-klein-9b", "BASE_MODEL=flux2-klein-9b"),
         ("flux2-klein-9b", "flux2-klein-4b", "BASE_MODEL=flux2-klein-4b"),
+        ("flux-dev", "flux2-dev", "BASE_MODEL=flux2-dev"),
+        ("flux2-dev", "flux-dev", "BASE_MODEL=flux"),
         ("flux-dev", "krea2", "BASE_MODEL=krea2"),
         ("krea2", "flux-dev", "BASE_MODEL=flux"),
     ],
@@ -187,12 +188,59 @@ def test_a_part_that_is_another_is_said(refusal, tmp_path, variable, part, base,
     [
         ("flux2-klein-9b", "flux2-klein-4b", "is Qwen3-4B, of width 2560; this base model reads by Qwen3-8B"),
         ("flux2-klein-4b", "flux2-klein-9b", "is Qwen3-8B, of width 4096; this base model reads by Qwen3-4B"),
+        ("flux2-dev", "flux2-klein-9b", "is Qwen3, not Mistral Small 3.1. Fix: the file of Mistral Small 3.1"),
+        ("flux2-klein-9b", "flux2-dev", "is Mistral Small 3.1, not Qwen3. Fix: the file of Qwen3"),
     ],
 )
 def test_a_text_encoder_of_another_size_is_named(refusal, tmp_path, asked, given, expected):
-    state = full_size_files.parts(given)["qwen3"]
+    found = full_size_files.parts(given)
+    state = found["qwen3"] if "qwen3" in found else found["mistral3"]
     said = refusal(asked, TEXT_ENCODER_PATH=zeros(tmp_path / "file.safetensors", state))
     assert "TEXT_ENCODER_PATH=" in said and expected in said
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "mlp", "expected"),
+    [
+        (32768, 4096, 14336, "is Mistral 7B or Ministral 8B, of width 4096; this base model reads by Mistral Small"),
+        (
+            131072,
+            5120,
+            14336,
+            "has 14336 numbers in an MLP, and Mistral Small 3.1 as this base model reads by it 32768",
+        ),
+        (128256, 4096, 14336, "is not Mistral Small 3.1: it has none of its layers"),
+    ],
+    ids=["Mistral 7B", "Mistral Nemo", "Llama 3.1 8B"],
+)
+def test_another_mistral_is_not_flux2_devs(refusal, tmp_path, tokens, width, mlp, expected):
+    state = {
+        "model.embed_tokens.weight": meta(tokens, width),
+        "model.layers.0.self_attn.q_proj.weight": meta(4096, width),
+        "model.layers.0.mlp.gate_proj.weight": meta(mlp, width),
+    }
+    said = refusal("flux2-dev", TEXT_ENCODER_PATH=zeros(tmp_path / "file.safetensors", state))
+    assert "TEXT_ENCODER_PATH=" in said and expected in said
+
+
+def test_flux2_dev_as_comfyui_has_it_needs_no_repository(tmp_path, monkeypatch):
+    """Its text encoder without the last ten layers and the last norm, and with the vocabulary beside the weights."""
+    from trainer.base_model import lazy_tensors
+
+    monkeypatch.setitem(lazy_tensors.DTYPE_NAMES, torch.uint8, "U8")
+    (tmp_path / "images").mkdir()
+    found = full_size_files.parts("flux2-dev")
+    texts = {name: tensor for name, tensor in found["mistral3"].items() if name != "norm.weight"}
+    texts = under("model.", texts) | {"tekken_model": meta(14_801_223, dtype=torch.uint8)}
+    files = {
+        "MODEL_PATH": zeros(tmp_path / "flux2_dev.safetensors", full_size_files.denoiser("flux2-dev")),
+        "VAE_PATH": zeros(tmp_path / "vae.safetensors", vae_original(found["vae"])),
+        "TEXT_ENCODER_PATH": zeros(tmp_path / "mistral_3_small_flux2_bf16.safetensors", texts),
+    }
+    common = {"BASE_MODEL": "flux2-dev", "DATASET_NAME": str(tmp_path / "images"), "BACKEND": "cpu"}
+    plan = planned({**common, **files})
+    assert set(plan.parts) == {"denoiser", "vae", "mistral3"}
+    assert without_weights.published(plan) is base_models()["flux2-dev"][1].published
 
 
 def test_flux2_klein_of_the_width_of_flux1_passes(tmp_path):
@@ -343,8 +391,14 @@ def test_a_folder_of_another_model_is_refused(folder, changes, expected):
         fetch_model(ModelPlan("flux-dev", "flux", str(folder)), patterns=get_family("flux").FACTS.files, token=None)
 
 
-@pytest.mark.parametrize(("asked", "actual"), [("flux-dev", "sdxl"), ("sdxl", "flux-schnell"), ("sd3", "sdxl")])
-def test_a_folder_of_another_base_model_names_it(tmp_path, asked, actual):
+@pytest.mark.parametrize(
+    ("asked", "actual", "fix"),
+    [
+        *(("flux-dev", "sdxl", "sdxl"), ("sdxl", "flux-schnell", "flux"), ("sd3", "sdxl", "sdxl")),
+        *(("flux2-klein-4b", "flux2-dev", "flux2-dev"), ("flux2-dev", "flux2-klein-9b", "flux2-klein-9b")),
+    ],
+)
+def test_a_folder_of_another_base_model_names_it(tmp_path, asked, actual, fix):
     from entrypoint.fetch.fetch import fetch_model
     from trainer.spec.family import base_models
     from trainer.spec.plan import ModelPlan
@@ -352,7 +406,7 @@ def test_a_folder_of_another_base_model_names_it(tmp_path, asked, actual):
     for name, config in base_models()[actual][1].published.configs.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(config))
-    with pytest.raises(SettingsError, match=rf"is of another base model than {asked}: .* Fix: BASE_MODEL={actual[:4]}"):
+    with pytest.raises(SettingsError, match=rf"is of another base model than {asked}: .* Fix: BASE_MODEL={fix}"):
         fetch_model(ModelPlan(asked, base_models()[asked][0], str(tmp_path)), patterns=(), token=None)
 
 

@@ -56,6 +56,24 @@ def test_values_that_have_commas_are_separated_by_bars():
     assert [job.environ["PARAMS_TEXT_ENCODER_LR"] for job in jobs] == ["1e-5,2e-5", "0"]
 
 
+@pytest.mark.parametrize("by", ["JOBS", "SWEEP"])
+def test_a_key_in_an_address_is_in_no_name_of_a_job(by):
+    """Names of jobs become folders, files and repositories, which others see."""
+    first = "https://me:s3cret@example.org/cats.zip?token=s3cret"
+    second = "https://example.org/dogs.zip?X-Amz-Signature=s3cret"
+    if by == "SWEEP":
+        given = {"SWEEP": f"DATASET_NAME={first}|{second}"}
+    else:
+        given = {"JOBS": lines({"DATASET_NAME": first}, {"DATASET_NAME": second})}
+    jobs = expand(COMMON | given | {"PUSH_TO_HUB": "you/loras", "UPLOAD_TO": "s3://bucket/loras"})
+    assert [job.name for job in jobs] == ["cats.zip", "dogs.zip"]
+    for job, address in zip(jobs, (first, second), strict=True):
+        assert job.environ["DATASET_NAME"] == address
+        assert "s3cret" not in job.place
+        own = [value for name, value in job.environ.items() if name not in ("DATASET_NAME", "HF_TOKEN")]
+        assert not any("s3cret" in value for value in own), own
+
+
 def test_quotes_that_a_shell_left_are_no_part_of_a_sweep():
     jobs = expand(COMMON | {"SWEEP": "'PARAMS_SEED=1,2'"})
     assert [job.environ["PARAMS_SEED"] for job in jobs] == ["1", "2"]

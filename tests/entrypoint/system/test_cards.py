@@ -1,5 +1,7 @@
 """`--check --gpu CARD`: the names by which shops and RunPod's catalog know accelerators."""
 
+import time
+
 import pytest
 
 from entrypoint.system.cards import CARDS, hardware_of
@@ -59,3 +61,19 @@ def test_an_unknown_card_is_refused_with_a_hint(text, hint):
     with pytest.raises(SettingsError, match="--gpu") as caught:
         hardware_of(text)
     assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reach"),
+    [("2 x RTX 4090", False), ("2 x RTX 4060 Ti 16GB", False), ("4 x H100", True), ("2 x RTX 6000 Ada", True)],
+)
+def test_gaming_cards_do_not_read_each_others_memory(text, reach):
+    assert hardware_of(text).reach_each_other == reach
+
+
+@pytest.mark.parametrize("text", ["9" * 100_000, "rtx" + " " * 100_000 + "x", "5 x " + "a" * 100_000])
+def test_a_text_without_end_is_refused_at_once(text):
+    began = time.process_time()
+    with pytest.raises(SettingsError, match="is not a card"):
+        hardware_of(text)
+    assert time.process_time() - began < 0.5

@@ -54,6 +54,43 @@ def nodes(root: Path, *, version: int = 90402, gpus: int = 2) -> None:
         write(root, f"{base}/{i}/mem_banks/1/properties", f"heap_type 4\nsize_in_bytes {2**40}\n")
 
 
+QUERIED = "0, 9.0, 143771, 580.1, H200\n1, 9.0, 143771, 580.1, H200\n2, 9.0, 143771, 580.1, H200\n"
+# As the driver prints it in a terminal, with the header underlined.
+MATRIX = (
+    " \t\x1b[4mGPU0\tGPU1\tGPU2\t\x1b[0m\n GPU0\tX\tOK\t{0}\t\n GPU1\tOK\tX\t{1}\t\n GPU2\t{0}\t{1}\tX\t\n"
+    "\nLegend:\n\n  X    = Self\n  OK   = Status Ok\n  NS   = Not supported\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("printed", "visible", "reach"),
+    [
+        (MATRIX.format("OK", "OK"), None, True),
+        (MATRIX.format("NS", "NS"), None, False),
+        (MATRIX.format("OK", "CNS"), None, False),
+        (MATRIX.format("OK", "CNS"), "0,1", True),  # of those that the job sees
+        (MATRIX.format("OK", "CNS"), "1,2", False),
+        (MATRIX.format("NS", "NS"), "2", True),  # one alone
+        ("Failed to query\n", None, True),  # nobody knows: the trainer tries
+        ("", None, True),
+    ],
+)
+def test_whether_gpus_read_each_others_memory_is_what_their_driver_says(root, printed, visible, reach):
+    def run(command, **_):
+        text = QUERIED if "topo" not in command else printed
+        return subprocess.CompletedProcess(command, 0, text, "")
+
+    environ = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
+    assert detect(run=run, root=root, environ=environ).reach_each_other == reach
+
+    def without_topology(command, **options):
+        if "topo" in command:
+            raise subprocess.TimeoutExpired(command, 30)
+        return run(command, **options)
+
+    assert detect(run=without_topology, root=root, environ=environ).reach_each_other
+
+
 def test_without_an_accelerator_there_is_the_cpu(root):
     found = detect(run=missing, root=root, environ={})
     assert (found.vendor, found.memory_gib, found.host_memory_gib, found.count) == ("cpu", 64.0, 64.0, 0)

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from bench.original_names import miniature
+from bench.original_names import facts, miniature
 from tests.support.miniatures import base
 from tests.support.single_files import planned
 from trainer.base_model.light_tokenizer import LightTokenizer
 from trainer.data import caption_length
-from trainer.spec.family import family_names, get_family
+from trainer.spec.family import family_names
 
 WORDS = [
     "red",
@@ -34,6 +34,8 @@ WORDS = [
     "</s>",
     "é",
     "ﬁ",
+    "[INST]",
+    "2048",
 ]
 texts = st.lists(st.sampled_from(WORDS), max_size=60).map(" ".join) | st.text(max_size=60)
 
@@ -49,13 +51,16 @@ def clip_files(place: Path) -> list[Path]:
     return [place / "vocab.json", place / "merges.txt"]
 
 
-@pytest.fixture(scope="module", params=["CLIP's two files", "CLIP", "T5", "Qwen", "Qwen2.5-VL"])
+@pytest.fixture(scope="module", params=["CLIP's two files", "CLIP", "T5", "Qwen", "Qwen2.5-VL", "Mistral"])
 def both(request, tmp_path_factory):
     if request.param == "CLIP's two files":
         place = tmp_path_factory.mktemp("clip")
         return LightTokenizer(clip_files(place)), AutoTokenizer.from_pretrained(place)
     if request.param.startswith("Qwen"):
         place = miniature("z_image" if request.param == "Qwen" else "qwen_image") / "tokenizer"
+        return LightTokenizer([place / "tokenizer.json"]), AutoTokenizer.from_pretrained(place)
+    if request.param == "Mistral":
+        place = miniature("flux2_dev") / "tokenizer"
         return LightTokenizer([place / "tokenizer.json"]), AutoTokenizer.from_pretrained(place)
     place = miniature("flux") / ("tokenizer" if request.param == "CLIP" else "tokenizer_2")
     return LightTokenizer([place / "tokenizer.json"]), AutoTokenizer.from_pretrained(place)
@@ -69,12 +74,12 @@ def test_the_same_tokens_at_the_same_places(both, text):
     assert [tuple(place) for place in found.offset_mapping] == [tuple(place) for place in want.offset_mapping]
 
 
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", [*family_names(), "flux2_dev"])
 def test_the_same_reader_before_a_job_and_in_it(tmp_path, family):
     (tmp_path / "photos").mkdir()
     asked = {"BASE_MODEL": base(family), "DATASET_NAME": str(tmp_path / "photos"), "BACKEND": "cpu"}
     light = caption_length.load_light_reader(planned(asked), max_tokens=77, hub_cache=None)
-    heavy = caption_length.load_reader(get_family(family).FACTS, miniature(family))
+    heavy = caption_length.load_reader(facts(family), miniature(family))
     assert (light.name, light.limit) == (heavy.name, heavy.limit)
     assert light.cut("a red wall " * 300) == heavy.cut("a red wall " * 300)
 

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from bench.layouts import memory_taken
 from bench.original_names import (
     checkpoint,
+    facts,
+    flux2_dev_files,
     flux2_files,
     flux_files,
     krea2_files,
@@ -29,7 +31,7 @@ from bench.original_names import (
     z_image_files,
 )
 from tests.support.miniatures import base as base_of
-from tests.support.miniatures import pipeline
+from tests.support.miniatures import family_of, pipeline
 from tests.support.single_files import model_folder
 from trainer.base_model import lazy_tensors
 from trainer.sample import sample_command
@@ -39,7 +41,7 @@ from trainer.spec.plan import TrainPlan
 from trainer.storage.safetensors_header import OUTLINE
 from trainer.training.objective import make_objective
 
-FAMILIES = ("flux", "flux2", "sdxl", "sd3", "z_image", "qwen_image", "krea2")
+FAMILIES = ("flux", "flux2", "flux2_dev", "sdxl", "sd3", "z_image", "qwen_image", "krea2")
 LANGUAGE_MODELS = ("qwen2_5_vl", "qwen3_vl")  # of models that also read images, which files hold as a whole
 
 
@@ -48,7 +50,7 @@ LANGUAGE_MODELS = ("qwen2_5_vl", "qwen3_vl")  # of models that also read images,
 
 def equal(folder: Path, name: str, parts: tuple[str, ...]) -> None:
     for part in parts:
-        place = get_family(name).FACTS.parts[part]
+        place = facts(name).parts[part]
         got, want = weights(folder / place), weights(miniature(name) / place)
         assert got.keys() == want.keys(), part
         for key in want:
@@ -81,6 +83,18 @@ def test_flux2_as_three_files(tmp_path, dtype):
     got, want = weights(folder / "transformer"), weights(miniature("flux2") / "transformer")
     assert got.keys() == want.keys()
     assert all(torch.equal(got[k], want[k].to(dtype)) for k in want)
+
+
+def test_flux2_dev_as_three_files(tmp_path):
+    """Its text encoder as ComfyUI has it: the layers that are read, without the last norm. It gives the same texts."""
+    folder = model_folder(tmp_path, "flux2_dev", **flux2_dev_files(tmp_path, torch.bfloat16))
+    equal(folder, "flux2_dev", ("vae",))
+    got, want = weights(folder / "transformer"), weights(miniature("flux2_dev") / "transformer")
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[k], want[k].bfloat16()) for k in want)
+    kind = family_of("flux2_dev")
+    read, own = (kind.load_encoders(f, device="cpu", dtype=torch.float32) for f in (folder, miniature("flux2_dev")))
+    assert torch.equal(*(kind.encode_text(encoders, ["a red ball"])[0]["tokens"] for encoders in (read, own)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -252,15 +266,15 @@ def test_fp8_becomes_bf16_with_its_scales(tmp_path):
         assert torch.equal(got[key].float(), (tensor.float() / factor).to(torch.float8_e4m3fn).float() * factor), key
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "z_image", "flux2", "qwen_image", "krea2"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "z_image", "flux2", "flux2_dev", "qwen_image", "krea2"])
 def test_a_whole_checkpoint_as_one_file(tmp_path, name):
     save_file(checkpoint(name), tmp_path / "all.safetensors")
     bare = tmp_path / "bare"  # what remains is small: nothing but the file has weights
     shutil.copytree(miniature(name), bare, ignore=shutil.ignore_patterns("*.safetensors"))
     folder = model_folder(tmp_path, name, MODEL_PATH=str(tmp_path / "all.safetensors"), MODEL_CONFIG_PATH=str(bare))
     # Of models that also read images, the language model is taken: below, it gives the same texts.
-    equal(folder, name, tuple(part for part in get_family(name).FACTS.parts if part not in LANGUAGE_MODELS))
-    kind = get_family(name)
+    equal(folder, name, tuple(part for part in facts(name).parts if part not in LANGUAGE_MODELS))
+    kind = family_of(name)
     same = [kind.load_denoiser(f, device="cpu", dtype=torch.float32) for f in (folder, miniature(name))]
     pairs = zip(same[0].named_parameters(), same[1].named_parameters(), strict=True)
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
@@ -369,7 +383,7 @@ def test_t5_is_left_out_where_it_may_be(tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_shards_with_an_index_and_fp16_beside_the_full_weights(tmp_path, name):
-    folder, kind = tmp_path / "model", get_family(name)
+    folder, kind = tmp_path / "model", family_of(name)
     shutil.copytree(miniature(name), folder)
     part = folder / kind.FACTS.parts["denoiser"]
     model = kind.load_denoiser(miniature(name), device="cpu", dtype=torch.float32)
@@ -386,7 +400,7 @@ def test_shards_with_an_index_and_fp16_beside_the_full_weights(tmp_path, name):
 @pytest.mark.parametrize("shards", ["10GB", "400KB"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_with_fp16_variants_only(tmp_path, name, shards):
-    folder, kind = tmp_path / "model", get_family(name)
+    folder, kind = tmp_path / "model", family_of(name)
     shutil.copytree(miniature(name), folder, ignore=shutil.ignore_patterns("*.safetensors"))
     whole = pipeline(name)  # of some encoders, a family loads only the layers that it reads
     denoiser = kind.load_denoiser(miniature(name), device="cpu", dtype=torch.float16)

@@ -21,6 +21,7 @@ from trainer.data.records import Scan
 from trainer.data.scan import scan
 from trainer.spec.errors import DataError, SettingsError, StopRequestedError
 from trainer.spec.plan import CaptionerPlan, DataPlan, Dataset, EnginePlan, Source, Subset
+from trainer.spec.rules import captioners
 
 
 def write(folder, name: str, *, seed: int = 0, caption: str | None = None, size=(40, 30)) -> None:
@@ -68,6 +69,27 @@ def test_images_without_a_caption_get_one_and_those_with_one_keep_it(images, tag
     assert all(image.caption and image.caption_file == "made by tagger" for image in made.values())
     assert any("3 captions made by tagger: b.png, c.png, sub/d.png" in note for note in found.notes)
     assert not list(images.rglob("*.txt"))[1:]  # nothing is written beside the images
+
+
+def test_the_time_that_is_left_is_what_the_first_images_measure(images, tagger, tmp_path, monkeypatch, caplog):
+    for number in range(20):
+        write(images, f"more{number}.png", seed=100 + number)
+    times = iter([0.0, 0.0, 16.0, 32.0, 46.0, 46.0])  # 23 images: 8 in 16 s, 8 more in 16 s, 7 in 14 s
+    monkeypatch.setattr(captioning.time, "monotonic", lambda: next(times))
+    told = []
+    data = plan(images, tagger)
+    found = scan(data, cpu_workers=0)
+    with caplog.at_level("INFO"):
+        caption_images(
+            *(found, found.data),
+            cache=tmp_path / "cache",
+            engine=EnginePlan(),
+            check_in=lambda: None,
+            told=lambda *progress: told.append(progress),
+        )
+    assert told == [(8, 23, 30.0), (16, 23, 14.0), (23, 23, 0.0)]
+    assert "Captioned 8 of 23 images, at 2 s an image, measured: 30 s left." in caplog.text
+    assert "Captioned 16 of 23 images, at 2 s an image, measured: 14 s left." in caplog.text
 
 
 def test_what_is_in_the_cache_is_not_made_again(images, tagger, tmp_path, monkeypatch):
@@ -122,7 +144,7 @@ def test_a_stopped_job_has_lost_one_batch_at_most_and_ends_with_the_same_caption
     with pytest.raises(StopRequestedError):
         run(data, tmp_path / "cut", stop)
     kept = list((tmp_path / "cut" / "captions").rglob("*.json"))
-    assert len(kept) == captioning.BATCH
+    assert len(kept) == captioners.BATCH
     times = {path: path.stat().st_mtime_ns for path in kept}
     assert captions(run(data, tmp_path / "cut")) == captions(whole)
     assert {path: path.stat().st_mtime_ns for path in kept} == times

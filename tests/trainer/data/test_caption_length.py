@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from tests.support.miniatures import folder
+from tests.support.miniatures import base, family_of, folder
 from trainer.data import caption_length
 from trainer.job.run import run
 from trainer.sample import sample_command
-from trainer.spec.family import family_names, get_family
+from trainer.spec.family import facts_of, family_names, get_family
 from trainer.training.stop_flag import StopFlag
 
 START = "a b c d e f g h " * 12  # 96 tokens
@@ -24,7 +24,8 @@ QUICK = {"PARAMS_OPTIMIZER_TYPE": "adamw", "PARAMS_LEARNING_RATE": "0.01", "PARA
 
 
 def reader(family, **options):
-    return caption_length.load_reader(get_family(family).FACTS, folder(family), **options)
+    facts = facts_of(family_of(family).FACTS.name, base(family))
+    return caption_length.load_reader(facts, folder(family), **options)
 
 
 @pytest.mark.parametrize(("family", "name", "limit"), [("sdxl", "CLIP", 77), ("flux", "T5", 64), ("sd3", "T5", 64)])
@@ -34,7 +35,7 @@ def test_the_encoder_that_reads_most_counts(family, name, limit):
     assert (found.name, found.limit) == (name, limit)
 
 
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", [*family_names(), "flux2_dev"])
 @given(words=st.lists(st.sampled_from(["red", "a", "Ünïcode", "blue,", "😀", "  two", "x" * 30]), max_size=120))
 def test_the_cut_is_where_the_tokens_end(family, words):
     text, found = " ".join(words), reader(family)
@@ -47,16 +48,21 @@ def test_the_cut_is_where_the_tokens_end(family, words):
         assert found.limit - 4 <= len(kept) <= found.limit  # a character may be several tokens
 
 
-@pytest.mark.parametrize("family", ["flux2", "krea2", "qwen_image", "z_image"])
+@pytest.mark.parametrize("family", ["flux2", "flux2_dev", "krea2", "qwen_image", "z_image"])
 def test_the_first_lost_token_has_no_effect_and_the_last_kept_one_has(family):
-    """Of models that read by Qwen, whose tokenizer adds no mark and whose template stands around the caption."""
-    kind = get_family(family)
+    """Of language models, whose tokenizers add no mark and whose template stands around the caption."""
+    kind = family_of(family)
     encoders = kind.load_encoders(folder(family), device="cpu", dtype=torch.float32)
     found = reader(family)
-    if family in ("flux2", "z_image"):  # the miniatures' vocabularies have no `user`: more tokens before the caption
-        assert kind.FACTS.text_readers["tokenizer"][1] == kind.TEXT_TOKENS - kind.TOKENS_BEFORE
+    # The miniatures' vocabularies lack words of these templates: more tokens stand before the caption.
+    templates = {"z_image": lambda: (kind.BEFORE, kind.TOKENS_BEFORE)}
+    templates["flux2"] = lambda: (kind.QWEN3.before, kind.QWEN3.tokens_before)
+    templates["flux2_dev"] = lambda: (kind.MISTRAL.before, kind.MISTRAL.tokens_before)
+    if family in templates:
+        before, tokens = templates[family]()
+        assert facts_of(kind.FACTS.name, base(family)).text_readers["tokenizer"][1] == kind.TEXT_TOKENS - tokens
         length = min(kind.TEXT_TOKENS, found.tokenizer.model_max_length)
-        found = dataclasses.replace(found, limit=length - len(found.tokenizer(kind.BEFORE).input_ids))
+        found = dataclasses.replace(found, limit=length - len(found.tokenizer(before).input_ids))
     cut = found.cut("a " * 600)
     assert cut.kept.rstrip().endswith("a") and cut.lost.strip().startswith("a")
     changed = [cut.kept + cut.lost.replace("a", "b"), cut.kept.rstrip()[:-1] + "b" + cut.lost]

@@ -136,6 +136,22 @@ def test_a_name_that_is_not_utf_8_is_a_reason(make_folder):
     assert found.report().encode()
 
 
+def test_a_file_that_is_gone_before_it_is_read_is_a_reason(make_folder, monkeypatch):
+    """As where somebody else tidies up, or of the files of /proc."""
+    folder = make_folder("a", 3)
+    real = folder_listing.leftovers.file_reason
+
+    def asked(name):
+        if name == "01.png":
+            (folder / name).unlink()
+        return real(name)
+
+    monkeypatch.setattr(folder_listing.leftovers, "file_reason", asked)
+    found = scan_folder(folder)
+    assert reasons(found) == {"01.png": "cannot be read: No such file or directory"}
+    assert [image.name for image in found.images] == ["00.png", "02.png"]
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(DataError, match=r"image_dir gone: .* is not a folder"):
         scan_folder(tmp_path / "gone")

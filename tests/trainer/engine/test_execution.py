@@ -55,6 +55,11 @@ def test_weights_are_streamed_only_if_host_memory_holds_them(host_gib, last):
     assert Engine(regions[0], regions, EnginePlan(host_gib=host_gib)).fallbacks[-1][2] == last
 
 
+def test_a_plan_with_sharded_weights_needs_a_model_that_is():
+    with pytest.raises(AssertionError, match="sharded when they are loaded"):
+        Engine(torch.nn.Linear(4, 4), [torch.nn.Linear(4, 4)], EnginePlan(offload="shards", num_gpus=2))
+
+
 def test_a_model_may_have_fewer_regions_than_the_plan_exempts_from_recompute():
     regions = [torch.nn.Linear(4, 4)]
     Engine(regions[0], regions, EnginePlan(recompute="attention", kept_blocks=9))

@@ -10,95 +10,20 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from torch.utils.checkpoint import checkpoint
 
-from tests.support.variants import CLASSES, VARIANTS, config
-from trainer.engine import adapters, fused_linear, rope
+from tests.support.fused_models import WIDE, adapted, error, model, predicted
+from trainer.engine import fused_linear, rope
 from trainer.engine.kernels import reference
-from trainer.engine.load import place_denoiser
 from trainer.engine.memory import checkpointing
 from trainer.engine.quantization.frozen_linear import FrozenLinear
 from trainer.families.fused_blocks.projections import join_tokens, split_tokens
-from trainer.spec.family import get_family
 
 FP8 = torch.float8_e4m3fn
-WIDE = {  # sides that are multiples of 16, as FP8 needs, where variants.NARROW has smaller ones
-    "flux-dev": {"attention_head_dim": 16, "axes_dims_rope": (4, 4, 8), "num_layers": 2, "num_single_layers": 2},
-    "flux2-klein-4b": {
-        "attention_head_dim": 16,
-        "axes_dims_rope": (4, 4, 4, 4),
-        "joint_attention_dim": 48,
-        "num_layers": 2,
-        "num_single_layers": 2,
-    },
-    "qwen-image": {
-        "attention_head_dim": 16,
-        "axes_dims_rope": (4, 6, 6),
-        "joint_attention_dim": 48,
-        "num_layers": 3,
-    },
-    "sd3-medium": {"num_layers": 3},
-    "sd3.5-medium": {"num_layers": 3, "dual_attention_layers": (0, 1)},
-    "sdxl-base": {
-        "block_out_channels": (16, 32, 64),
-        "transformer_layers_per_block": (1, 1, 1),
-        "cross_attention_dim": 32,
-    },
-    "z-image": {"dim": 48, "n_heads": 3, "n_kv_heads": 3, "n_layers": 3, "cap_feat_dim": 32, "axes_dims": [4, 6, 6]},
-}
-
-
-def error(found, wanted):
-    return ((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(1e-30)).item()
-
-
-def model(base, seed=0):
-    name, _ = VARIANTS[base]
-    torch.manual_seed(seed)
-    denoiser = CLASSES[name](**{**config(base, narrow=True), **WIDE[base]}).requires_grad_(False)
-    return get_family(name), denoiser
-
-
-def texts(options, dtype):
-    """Two captions; where they may differ in length, they do: of 40 tokens and of 7, filled up to 64 and to 32."""
-    if "cap_feat_dim" in options:
-        tokens = torch.arange(64)
-        real, padding = torch.stack([tokens < 40, tokens < 7]), torch.stack([tokens >= 64, tokens >= 32])
-        return {"tokens": torch.randn(2, 64, options["cap_feat_dim"]).to(dtype), "real": real, "padding": padding}
-    width = options.get("joint_attention_dim") or options["cross_attention_dim"]
-    pooled = options.get("pooled_projection_dim") or 20
-    tokens = torch.randn(2, 6, width).to(dtype)
-    padding = torch.arange(6) >= torch.tensor([[6], [4]])  # which only Qwen-Image looks at
-    return {"tokens": tokens, "pooled": torch.randn(2, pooled).to(dtype), "padding": padding}
-
-
-def predicted(family, denoiser, dtype):
-    """The model's output for one batch, and a loss's gradients of what trains."""
-    torch.manual_seed(3)
-    options = denoiser.config
-    text = texts(options, dtype)
-    channels = options["in_channels"] // (4 if family.FACTS.name in ("flux", "flux2", "qwen_image") else 1)
-    noisy, geometry = torch.randn(2, channels, 8, 8), torch.full((2, 6), 64.0)
-    out = family.predict(denoiser, noisy, torch.tensor([0.6, 0.3]), text=text, guidance=1.0, geometry_B6=geometry)
-    out.float().square().mean().backward()
-    return out.detach(), {n: p.grad for n, p in denoiser.named_parameters() if p.grad is not None}
 
 
 @pytest.fixture(autouse=True)
 def roomy_weights(monkeypatch):
     """These narrow layers get adapter columns as well."""
     monkeypatch.setattr("trainer.spec.adapter_columns.MIN_SIDE_PER_COLUMN", 0)
-
-
-def adapted(family, denoiser, *, precision, dtype, forwards, targets=None):
-    options = {"fused": family.FACTS.fused_targets, "targets": targets or family.FACTS.targets}
-    where = {"precision": precision, "dtype": dtype, "device": "cpu", "rank": 4}
-    place_denoiser(denoiser, family.blocks(denoiser), **where, forwards=forwards, **options)
-    assert precision != "fp8" or any(m.rank for m in denoiser.modules() if isinstance(m, FrozenLinear))
-    adapters.add_adapters(denoiser, family.blocks(denoiser), **options, rank=4, alpha=4, seed=0)
-    torch.manual_seed(2)
-    for name, p in denoiser.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(p, std=0.05)
-    return denoiser
 
 
 @pytest.mark.parametrize("joined", [True, False])
@@ -209,34 +134,39 @@ def test_norm_linear_is_the_norm_then_the_layers(plus, count):
     wide = F.layer_norm(x.float(), (64,), eps=1e-6).view(2, 6, 64) * (plus + scale[:, None].float())
     rows = (wide + shift[:, None].float()).view(12, 64).bfloat16()
     wanted = [f.linear(rows, *pair) for f, pair in zip(frozen[:count], weights, strict=False)]
-    found = fused_linear._norm_linear(x, scale, shift, plus, 1e-6, *flat[: 6 * count])
+    found = fused_linear._norm_linear(x, scale, shift, plus, 1e-6, True, *flat[: 6 * count])
     assert_same(found, (*wanted, x), leaves)
 
 
-@pytest.mark.parametrize("images", [1, 2])
-def test_norm_linear_without_a_shift_is_the_rms_norm_then_the_layers(images):
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize(("images", "plus"), [(1, 0.0), (2, 0.0), (1, 1.0)])
+def test_norm_linear_that_is_not_centred_is_the_rms_norm_then_the_layers(images, plus, shifted):
     torch.manual_seed(0)
     frozen, weights, flat = layers((64, 96), (64, 32))
     x = (torch.randn(12, 64) * 3 + 1).bfloat16().requires_grad_()
     scale = torch.randn(images, 64).requires_grad_()
+    shift = torch.randn(images, 64).bfloat16().requires_grad_() if shifted else None
     hat = F.rms_norm(x.float(), (64,), eps=1e-6).view(images, -1, 64)
-    rows = (hat * scale[:, None]).view(12, 64).bfloat16()
+    rows = hat * (plus + scale[:, None])
+    rows = rows if shift is None else rows + shift[:, None].float()
+    rows = rows.view(12, 64).bfloat16()
     wanted = [f.linear(rows, *pair) for f, pair in zip(frozen, weights, strict=True)]
-    found = fused_linear._norm_linear(x, scale, None, 0.0, 1e-6, *flat)
-    assert_same(found, (*wanted, x), [x, scale, *(t for pair in weights for t in pair)])
+    found = fused_linear._norm_linear(x, scale, shift, plus, 1e-6, False, *flat)
+    assert_same(found, (*wanted, x), [x, scale, shift, *(t for pair in weights for t in pair)])
 
 
+@pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("left", [0, 32])
 @pytest.mark.parametrize("joined", [True, False])
-def test_swiglu_linear_is_the_swiglu_then_the_layer(joined, left):
+def test_swiglu_linear_is_the_swiglu_or_the_gate_then_the_layer(joined, left, silu):
     torch.manual_seed(0)
     frozen, weights, flat = layers((64 + left, 48))
     both = (torch.randn(12, 128) * 2).bfloat16().requires_grad_()
     left_rows = torch.randn(12, left).bfloat16().requires_grad_() if left else None
     a, b = both.chunk(2, -1) if joined else (part.contiguous() for part in both.chunk(2, -1))
-    rows = (F.silu(a.float()) * b.float()).bfloat16()
+    rows = ((F.silu if silu else F.sigmoid)(a.float()) * b.float()).bfloat16()
     rows = rows if left_rows is None else torch.cat([left_rows, rows], -1)
-    found, wanted = fused_linear._swiglu_linear(left_rows, a, b, *flat), frozen[0].linear(rows, *weights[0])
+    found, wanted = fused_linear._swiglu_linear(left_rows, a, b, silu, *flat), frozen[0].linear(rows, *weights[0])
     assert_same([found], [wanted], [left_rows, both, *weights[0]])
 
 
@@ -287,7 +217,7 @@ def test_norm_linear_saves_only_its_input():
     x, scale = torch.randn(12, 64).bfloat16().requires_grad_(), torch.randn(1, 64).bfloat16()
     held = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
-        fused_linear._norm_linear(x, scale, scale, 1.0, 1e-6, *flat)
+        fused_linear._norm_linear(x, scale, scale, 1.0, 1e-6, True, *flat)
     assert [t.data_ptr() for t in held if t.shape[0] == 12 and t.shape[1] == 64] == [x.data_ptr()]
 
 
@@ -296,16 +226,33 @@ def block(base="flux-dev"):
     family, denoiser = model(base)
     adapted(family, denoiser, precision="fp8", dtype=torch.bfloat16, forwards=family.fused_forwards())
     torch.manual_seed(4)
-    width = denoiser.inner_dim
+    width = denoiser.config.attention_head_dim * denoiser.config.num_attention_heads
     x, y = (torch.randn(2, n, width).bfloat16().requires_grad_() for n in (16, 6))
     cos_sin = torch.randn(22, 16), torch.randn(22, 16)
+    mask = torch.arange(6) < torch.tensor([[6], [4]])
+    if base == "krea2":
+        x = torch.randn(2, 22, width).bfloat16().requires_grad_()
+        mask = torch.cat([mask, mask.new_ones(2, 16)], 1)[:, None, None]
+        return denoiser.transformer_blocks[0], (x, torch.randn(2, 1, 6 * width).bfloat16(), cos_sin, mask)
+    if base == "qwen-image":
+        turns = tuple(torch.polar(torch.ones(n, 8), torch.randn(n, 8)) for n in (16, 6))
+        return denoiser.transformer_blocks[0], (x, y, mask, torch.randn(2, width).bfloat16(), turns)
     if base.startswith("flux2"):  # text and image are one sequence, and the modulation is there
         x = torch.randn(2, 22, width).bfloat16().requires_grad_()
         return denoiser.single_transformer_blocks[0], (x, None, torch.randn(2, 3 * width).bfloat16(), cos_sin)
     return denoiser.single_transformer_blocks[0], (x, y, torch.randn(2, width).bfloat16(), cos_sin)
 
 
-@pytest.mark.parametrize("base", ["flux-dev", "flux2-klein-4b"])
+def leaves_of(one, inputs):
+    """What of a block's inputs and of its own tensors has a gradient."""
+    given = [value for value in inputs if isinstance(value, torch.Tensor) and value.requires_grad]
+    return [*given, *(p for p in one.parameters() if p.requires_grad)]
+
+
+FAMILIES = ["flux-dev", "flux2-klein-4b", "krea2", "qwen-image"]
+
+
+@pytest.mark.parametrize("base", FAMILIES)
 @pytest.mark.parametrize("policy", checkpointing.POLICIES)
 def test_recomputing_changes_no_bit(policy, base):
     original, inputs = block(base)
@@ -313,10 +260,9 @@ def test_recomputing_changes_no_bit(policy, base):
     for name in ("none", policy):
         one = copy.deepcopy(original)
         checkpointing.apply([one], [name], compiled=False)
-        leaves = [*inputs[:2], *(p for p in one.parameters() if p.requires_grad)]
         outs = one(*inputs)
         outs = outs if isinstance(outs, tuple) else (outs,)
-        found.append([*outs, *gradients(outs, leaves)])
+        found.append([*outs, *gradients(outs, leaves_of(one, inputs))])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -353,15 +299,17 @@ def test_a_block_with_layers_that_cannot_be_fused_is_recomputed_entirely():
     assert not one.can_recompute_rope() and not one.recompute_rope and "forward" in one.__dict__
 
 
-def test_a_checkpointed_block_compiles_in_one_graph():
-    one, inputs = block()
-    leaves = [*inputs[:2], *(p for p in one.parameters() if p.requires_grad)]
+@pytest.mark.parametrize("base", FAMILIES)
+def test_a_checkpointed_block_compiles_in_one_graph(base):
+    one, inputs = block(base)
+    leaves = leaves_of(one, inputs)
     wanted = one(*inputs)
 
     def run(*given):
         return checkpoint(one, *given, use_reentrant=False)
 
     found = torch.compile(run, backend="aot_eager", fullgraph=True)(*inputs)
+    wanted, found = (outs if isinstance(outs, tuple) else (outs,) for outs in (wanted, found))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     for a, b in zip(gradients(found, leaves), gradients(wanted, leaves), strict=True):
         assert error(a, b) < 1e-3

@@ -216,6 +216,7 @@ MODULES = {
     **dict.fromkeys(("flux-dev", "flux-krea", "flux-schnell"), 19 * 12 + 38 * 5),
     "flux2-klein-4b": 5 * 12 + 20 * 2,
     "flux2-klein-9b": 8 * 12 + 24 * 2,
+    "flux2-dev": 8 * 12 + 48 * 2,
     "sd3-medium": 24 * 12 - 3,
     "sd3.5-medium": 24 * 12 - 3 + 13 * 4,
     "sd3.5-large": 38 * 12 - 3,

@@ -21,11 +21,11 @@ from diffusers import (
 )
 
 from tests.support import models
-from tests.support.miniatures import PIPELINES, encoded, folder, pipeline
+from tests.support.miniatures import PIPELINES, encoded, family_of, folder, pipeline
 from trainer.data.batches import stack_texts
 from trainer.engine import adapters
 from trainer.lora_files import convert, peft_bridge, write
-from trainer.spec.family import family_names, get_family
+from trainer.spec.family import family_names
 from trainer.spec.plan import Prompt
 
 RANK, ALPHA, STEPS = 3, 2.0, 5
@@ -33,7 +33,7 @@ RANK, ALPHA, STEPS = 3, 2.0, 5
 
 @dataclass(frozen=True)
 class Case:
-    """What differs between families."""
+    """What differs between families, and between base models of one."""
 
     channels: int
     size: tuple[int, int]  # of latents, height and width
@@ -49,6 +49,7 @@ class Case:
 CASES = {
     "flux": Case(16, (6, 10), 0.3611, 0.1159, guidance=2.5),
     "flux2": Case(16, (6, 10), cfg=4.0, encoders=1),
+    "flux2_dev": Case(16, (6, 10), guidance=2.5, encoders=1),
     "sd3": Case(16, (6, 10), 1.5305, 0.0609, cfg=4.0, encoders=3),
     "sdxl": Case(4, (8, 12), 0.13025, 0.0, cfg=5.0, denoiser="unet", more={"add_watermarker": False}),
     "z_image": Case(16, (6, 10), 0.3611, 0.1159, cfg=4.0, encoders=1),
@@ -59,7 +60,7 @@ BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.
 every_family = pytest.mark.parametrize("name", CASES)
 # q, k and v of a family with fused projections have an adapter each, or one together.
 each_split = pytest.mark.parametrize(
-    ("name", "split"), [(n, s) for n in CASES for s in (True, False) if s or get_family(n).FACTS.fused_targets]
+    ("name", "split"), [(n, s) for n in CASES for s in (True, False) if s or family_of(n).FACTS.fused_targets]
 )
 
 
@@ -70,7 +71,7 @@ def text(name):
 
 
 def test_every_family_has_a_case():
-    assert set(CASES) == set(family_names())
+    assert {family_of(name).FACTS.name for name in CASES} == set(family_names())
 
 
 def small(name, part):
@@ -80,7 +81,7 @@ def small(name, part):
 
 def scheduler_of(name, prediction="epsilon"):
     """As the published model ships it."""
-    if name in ("flux", "flux2"):
+    if name in ("flux", "flux2", "flux2_dev"):
         return models.flux_scheduler()
     if name == "sd3":
         return FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -108,7 +109,7 @@ def predicted(name, denoiser, noisy_BCHW, t_B, text):
     case, (height, width) = CASES[name], (8 * side for side in noisy_BCHW.shape[2:])
     sizes_B6 = torch.tensor([[height, width, 0, 0, height, width]] * len(noisy_BCHW), dtype=torch.float32)
     with torch.no_grad():
-        return get_family(name).predict(
+        return family_of(name).predict(
             denoiser, noisy_BCHW, t_B, text=text, guidance=case.guidance, geometry_B6=sizes_B6
         )
 
@@ -146,7 +147,7 @@ def packed(name, latents_BCHW):
         return FluxPipeline._pack_latents(latents_BCHW, *latents_BCHW.shape)
     if name == "qwen_image":
         return QwenImagePipeline._pack_latents(latents_BCHW, *latents_BCHW.shape)
-    if name == "flux2":
+    if name in ("flux2", "flux2_dev"):
         return Flux2KleinPipeline._patchify_latents(latents_BCHW)
     if name == "krea2":
         return pipeline_of(name, None)._pack_latents(latents_BCHW, *latents_BCHW.shape)
@@ -154,7 +155,9 @@ def packed(name, latents_BCHW):
 
 
 def returned(name, latents_BCHW):
-    """Latents as the pipeline returns them: FLUX.2's as its VAE decodes them."""
+    """Latents as the pipeline returns them: FLUX.2 klein's as its VAE decodes them, dev's as the denoiser has them."""
+    if name == "flux2_dev":
+        return Flux2KleinPipeline._pack_latents(packed(name, latents_BCHW))
     if name != "flux2":
         return packed(name, latents_BCHW)
     statistics = models.flux2_vae().bn
@@ -183,6 +186,8 @@ def prompt_arguments(name, text, nothing):
         real = text["real"]
         positive, negative = ([t["tokens"][i, real[i]] for i in range(len(real))] for t in (text, nothing))
         return {"prompt_embeds": positive, "negative_prompt_embeds": negative, "guidance_scale": case.cfg - 1}
+    if name == "flux2_dev":
+        return {"prompt_embeds": text["tokens"], "guidance_scale": case.guidance}
     if name == "flux2":
         negative = {"negative_prompt_embeds": nothing["tokens"]}
         return {"prompt_embeds": text["tokens"], **negative, "guidance_scale": case.cfg}
@@ -201,7 +206,14 @@ def prompt_arguments(name, text, nothing):
 @pytest.mark.parametrize(
     ("name", "prediction"),
     [
-        *(("flux", None), ("flux2", None), ("sd3", None), ("sdxl", "epsilon"), ("sdxl", "v_prediction")),
+        *(
+            ("flux", None),
+            ("flux2", None),
+            ("flux2_dev", None),
+            ("sd3", None),
+            ("sdxl", "epsilon"),
+            ("sdxl", "v_prediction"),
+        ),
         *(("z_image", None), ("qwen_image", None), ("krea2", None)),
     ],
 )
@@ -234,19 +246,27 @@ def test_euler_steps_with_predict_are_those_of_the_pipeline(name, prediction, te
 @pytest.mark.parametrize(
     ("name", "negative"),
     [
-        *(("flux", ""), ("flux2", ""), ("sd3", "blue"), ("sdxl", ""), ("sdxl", "a blue ring"), ("z_image", "blue")),
+        *(
+            ("flux", ""),
+            ("flux2", ""),
+            ("flux2_dev", ""),
+            ("sd3", "blue"),
+            ("sdxl", ""),
+            ("sdxl", "a blue ring"),
+            ("z_image", "blue"),
+        ),
         *(("qwen_image", ""), ("qwen_image", "a blue ring"), ("krea2", ""), ("krea2", "a blue ring")),
     ],
 )
 def test_samples_are_those_of_the_whole_pipeline(name, negative, capfd):
-    kind, pipe, plain = get_family(name), pipeline(name), CASES[name].cfg == 1.0
+    kind, pipe, plain = family_of(name), pipeline(name), CASES[name].cfg == 1.0
     pipe.set_progress_bar_config(disable=True)
     options = {"guidance_scale": 2.5 if plain else 4.0}
     if name == "qwen_image":
         options = {"true_cfg_scale": 4.0, "negative_prompt": negative}
     elif not plain and name != "flux2":  # whose pipeline knows the empty one alone
         options["negative_prompt"] = negative or None
-    if name in ("flux", "flux2", "sd3"):
+    if name in ("flux", "flux2", "flux2_dev", "sd3"):
         last = [part for part in pipe.components if part.startswith("tokenizer")][-1]
         options["max_sequence_length"] = getattr(pipe, last).model_max_length
     expected = pipe(
@@ -283,13 +303,13 @@ def test_samples_are_those_of_the_whole_pipeline(name, negative, capfd):
 def test_latents_are_what_the_pipeline_decodes(name):
     case, vae = CASES[name], small(name, "vae")
     pixels_BCHW = torch.rand(2, 3, 32, 48) * 2 - 1
-    mean_BCHW, std_BCHW = get_family(name).encode_images(vae, pixels_BCHW).chunk(2, dim=1)
-    if name == "flux2":  # as its pipeline encodes the images that it refers to: the mean alone
+    mean_BCHW, std_BCHW = family_of(name).encode_images(vae, pixels_BCHW).chunk(2, dim=1)
+    if name in ("flux2", "flux2_dev"):  # as its pipeline encodes the images that it refers to: the mean alone
         expected = pipeline_of(name, None)._encode_vae_image(pixels_BCHW, generator=None).detach()
         torch.testing.assert_close(packed(name, mean_BCHW), expected)
         assert not std_BCHW.any()
         with torch.no_grad():
-            torch.testing.assert_close(returned(name, mean_BCHW), vae.encode(pixels_BCHW).latent_dist.mean)
+            torch.testing.assert_close(returned("flux2", mean_BCHW), vae.encode(pixels_BCHW).latent_dist.mean)
         return
     if name in ("qwen_image", "krea2"):  # one frame, and statistics of each channel
         with torch.no_grad():
@@ -309,7 +329,7 @@ def test_latents_are_what_the_pipeline_decodes(name):
 
 @every_family
 def test_texts_are_those_of_the_whole_pipeline(name):
-    kind, words = get_family(name), ["a red spot", ""]
+    kind, words = family_of(name), ["a red spot", ""]
     encoders = kind.load_encoders(folder(name), device="cpu", dtype=torch.float32)
     with torch.no_grad():
         expected = encoded(name, pipeline(name), words)
@@ -321,7 +341,7 @@ def test_texts_are_those_of_the_whole_pipeline(name):
 
 @every_family
 def test_a_batch_has_a_mask_for_captions_that_differ_in_length(name):
-    kind = get_family(name)
+    kind = family_of(name)
     encoders = kind.load_encoders(folder(name), device="cpu", dtype=torch.float32)
     text = stack_texts(kind.encode_text(encoders, ["a red spot " * 20, ""]))
     assert ("padding" in text) == kind.FACTS.masks_captions
@@ -342,7 +362,7 @@ def test_a_wide_image_is_not_a_transposed_high_one(name, text):
 
 def adapted(name, denoiser, *, split):
     """Random adapters on the denoiser; the fused targets, by which their state is read."""
-    kind = get_family(name)
+    kind = family_of(name)
     fused = {} if split else kind.FACTS.fused_targets
     adapters.fuse_projections(kind.blocks(denoiser), fused=fused, targets=kind.FACTS.targets)
     params = adapters.add_adapters(
@@ -356,15 +376,17 @@ def adapted(name, denoiser, *, split):
 
 def how(name):
     """What reading a file onto adapters, and writing one, takes besides them."""
-    facts = get_family(name).FACTS
+    facts = family_of(name).FACTS
     return {"prefix": facts.lora_prefix, "fused": facts.fused_targets, "scale": ALPHA / RANK}
 
 
 def write_lora(name, denoiser, path):
     modules = peft_bridge.from_peft_state(adapters.state(denoiser), **how(name))
     # The first that diffusers reads at any width.
-    key_format = "native" if "native" in get_family(name).LORA_KEYS.file_formats else "peft"
-    write.write_lora(path, convert.to_file(modules, key_format, name).tensors, {"ss_network_dim": str(RANK)})
+    key_format = "native" if "native" in family_of(name).LORA_KEYS.file_formats else "peft"
+    write.write_lora(
+        path, convert.to_file(modules, key_format, family_of(name).FACTS.name).tensors, {"ss_network_dim": str(RANK)}
+    )
 
 
 @each_split
@@ -388,7 +410,7 @@ def test_a_file_begins_a_new_run_where_it_ended(name, split, text, tmp_path):
     write_lora(name, denoiser, tmp_path / "x.safetensors")
     for p in adapted(name, other, split=split):
         torch.nn.init.zeros_(p)
-    back = convert.load(tmp_path / "x.safetensors", name)
+    back = convert.load(tmp_path / "x.safetensors", family_of(name).FACTS.name)
     adapters.load(other, peft_bridge.to_peft_state(back, adapters.state(other), **how(name)))
     torch.testing.assert_close(output(name, other, text), output(name, denoiser, text), atol=1e-5, rtol=1e-5)
 

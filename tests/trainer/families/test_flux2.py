@@ -8,10 +8,18 @@ import shutil
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from PIL import ImageChops
 from safetensors.torch import save_file
-from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3ForCausalLM,
+)
 
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.planning.plan import make_plan
@@ -25,7 +33,9 @@ from trainer.families import flux2
 from trainer.lora_files import contents, convert
 from trainer.lora_files.weights import LoraWeights
 from trainer.sample import apply_loras
+from trainer.spec import prompts
 from trainer.spec.errors import SettingsError
+from trainer.spec.family import facts_of
 from trainer.spec.plan import Prompt
 
 SIZES = [(2, 2), (4, 16), (8, 8), (10, 6)]  # of latents
@@ -104,7 +114,7 @@ def test_captions_are_given_to_qwen_as_its_chat_template_says(encoders):
             own.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
             for thinking in (False, True)
         ]
-        assert templates[0] == f"{flux2.BEFORE}{caption}{flux2.AFTER}" != templates[1]
+        assert templates[0] == f"{flux2.QWEN3.before}{caption}{flux2.QWEN3.after}" != templates[1]
 
 
 @pytest.mark.parametrize("words", [["a red spot", "", "a big teal and yellow striped hexagon " * 9], ["x " * 900]])
@@ -118,7 +128,7 @@ def test_texts_are_those_of_the_pipeline(encoders, words):
 
 def test_the_encoder_may_be_saved_as_the_published_one_is(encoders, tmp_path):
     """As the language model with an output layer of its own; in shards; with an older config and more layers."""
-    shutil.copytree(folder("flux2") / "tokenizer", tmp_path / "tokenizer")
+    shutil.copytree(folder("flux2"), tmp_path, ignore=shutil.ignore_patterns("text_encoder"), dirs_exist_ok=True)
     config = copy.deepcopy(encoders.text_encoder.config)
     config.num_hidden_layers, config.tie_word_embeddings = 30, False
     config.layer_types = ["full_attention"] * 30
@@ -130,9 +140,105 @@ def test_the_encoder_may_be_saved_as_the_published_one_is(encoders, tmp_path):
     rope = saved.pop("rope_parameters")
     path.write_text(json.dumps({**saved, "rope_theta": rope["rope_theta"], "rope_scaling": None}))
     found = flux2.load_encoders(tmp_path, device="cpu", dtype=torch.float32)
-    assert len(found.text_encoder.layers) == flux2.TEXT_STATES[-1] + 1
+    assert len(found.text_encoder.layers) == flux2.QWEN3.states[-1]
     ours, theirs = (flux2.encode_text(own, ["a red spot"])[0]["tokens"] for own in (found, encoders))
     assert torch.equal(ours, theirs)
+
+
+# ---- dev's texts
+
+
+@pytest.fixture(scope="module")
+def dev_encoders():
+    return flux2.load_encoders(folder("flux2_dev"), device="cpu", dtype=torch.float32)
+
+
+def test_dev_reads_captions_as_the_chat_template_says():
+    """The system message is the pipeline's, and the template's that of Mistral's own tokenizer."""
+    own = AutoTokenizer.from_pretrained(folder("flux2_dev") / "tokenizer")
+    for caption in ("a red spot", "", "two\nlines"):
+        (message,) = format_input([caption], SYSTEM_MESSAGE)
+        assert own.apply_chat_template(message, tokenize=False) == (
+            f"{flux2.MISTRAL.before}{caption}{flux2.MISTRAL.after}"
+        )
+
+
+@pytest.mark.parametrize("words", [["a red spot", "", "[IMG] a dog"], ["x " * 900, "y"]])
+def test_dev_texts_are_those_of_the_pipeline(dev_encoders, words):
+    """Filled up on the left, without the mark of an image, and cut at the end of the template's last mark."""
+    pipe = pipeline("flux2_dev")
+    length = pipe.tokenizer.model_max_length
+    with torch.no_grad():
+        expected, _ = pipe.encode_prompt(list(words), device="cpu", max_sequence_length=length)
+    for item, wanted in zip(flux2.encode_text(dev_encoders, list(words)), expected, strict=True):
+        assert torch.equal(item["tokens"], wanted)
+
+
+@pytest.mark.parametrize("names", ["language_model.model.", "model.language_model.", "language_model."])
+def test_devs_encoder_may_be_saved_as_the_published_one_is(dev_encoders, tmp_path, names):
+    """With what reads images, more layers than are read, and the names of different versions of transformers."""
+    shutil.copytree(folder("flux2_dev"), tmp_path, ignore=shutil.ignore_patterns("text_encoder"), dirs_exist_ok=True)
+    read = dev_encoders.text_encoder
+    text = {**read.config.to_dict(), "num_hidden_layers": 40}
+    images = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
+    whole = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=images))
+    whole.model.language_model.load_state_dict(read.state_dict(), strict=False)
+    tensors = {}
+    for name, tensor in whole.state_dict().items():
+        tensors[name.replace("model.language_model.", names)] = tensor.clone()  # some are tied
+    place = tmp_path / "text_encoder"
+    place.mkdir()
+    save_file(tensors, place / "model.safetensors", {"format": "pt"})
+    whole.config.save_pretrained(place)
+    saved = json.loads((place / "config.json").read_text())
+    saved["architectures"] = ["Mistral3ForConditionalGeneration"]
+    rope = saved["text_config"].pop("rope_parameters")
+    saved["text_config"]["rope_theta"] = rope["rope_theta"]
+    (place / "config.json").write_text(json.dumps(saved))
+    found = flux2.load_encoders(tmp_path, device="cpu", dtype=torch.float32)
+    assert len(found.text_encoder.layers) == flux2.MISTRAL.states[-1]
+    ours, theirs = (flux2.encode_text(own, ["a red spot"])[0]["tokens"] for own in (found, dev_encoders))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("saved_as", ["LlamaTokenizer", "LlamaTokenizerFast", "TokenizersBackend"])
+def test_devs_tokenizer_may_be_saved_as_the_published_one_is(tmp_path, saved_as):
+    """By an older transformers: the marks in the config too, no limit of length, and filling up on the right."""
+    place = tmp_path / "tokenizer"
+    shutil.copytree(folder("flux2_dev") / "tokenizer", place)
+    marks = json.loads((place / "tokenizer.json").read_text())["added_tokens"]
+    config = {
+        **{
+            name: json.loads((place / "tokenizer_config.json").read_text())[name] for name in ("bos_token", "eos_token")
+        },
+        "unk_token": "<unk>",
+        "tokenizer_class": saved_as,
+        "processor_class": "PixtralProcessor",
+        "legacy": True,
+        "model_max_length": 10**30,
+        "padding_side": "right",
+        "extra_special_tokens": {},
+        "additional_special_tokens": [mark["content"] for mark in marks],
+        "added_tokens_decoder": {str(mark["id"]): {k: v for k, v in mark.items() if k != "id"} for mark in marks},
+    }
+    (place / "tokenizer_config.json").write_text(json.dumps(config))
+    found, own = (
+        loading.load_tokenizer(each, flux2.MISTRAL.kinds["tokenizer"])
+        for each in (place, folder("flux2_dev") / "tokenizer")
+    )
+    text = f"{flux2.MISTRAL.before}don't 2048 Ünïcode 😀\n{flux2.MISTRAL.after}"
+    assert found(text).input_ids == own(text).input_ids and found.pad_token_id == own.pad_token_id
+    assert found.convert_tokens_to_ids(["<s>", "[INST]", "[/SYSTEM_PROMPT]"]) == [1, 4, 7]
+
+
+def test_a_text_encoder_with_too_few_layers_is_named():
+    encoder = {"hidden_size": 24, "num_hidden_layers": 29}
+    sizes = flux2.published.dev_same_sizes({"text_encoder": encoder})
+    assert sizes == [("the depth that is read", "text_encoder num_hidden_layers", 30, 29)]
+    assert all(
+        one == other
+        for *_, one, other in flux2.published.dev_same_sizes({"text_encoder": {**encoder, "num_hidden_layers": 40}})
+    )
 
 
 # ---- the VAE and the schedule
@@ -197,6 +303,39 @@ def test_the_published_models_train_on_home_cards_with_their_encoder_streamed(ba
     card = dataclasses.replace(HOME, memory_gib=gib)
     engine = make_plan(settings, read_manifest(None, None), card, now=NOW).engine
     assert engine.stream_encoders and engine.precision == "fp8"
+
+
+@pytest.mark.parametrize(
+    ("gib", "host_gib", "precision", "offload", "streamed"),
+    [(12, 64, "nf4", "weights", True), (24, 128, "fp8", "weights", True), (48, 64, "fp8", "none", False)],
+)
+def test_devs_24_billion_encoder_never_has_to_fit_on_the_card(gib, host_gib, precision, offload, streamed, tmp_path):
+    engine = dev_plan(gib, host_gib).engine
+    assert (engine.precision, engine.offload, engine.stream_encoders) == (precision, offload, streamed)
+
+
+def test_a_machine_that_holds_devs_encoder_nowhere_is_refused():
+    with pytest.raises(SettingsError, match=r"encoders take 32\.8 GiB.* has 32 GiB\. Fix: .* or a card with 36 GiB"):
+        dev_plan(24, 32)
+
+
+def dev_plan(gib, host_gib):
+    settings = read_settings({"BASE_MODEL": "flux2-dev", "DATASET_NAME": "org/images"})
+    card = dataclasses.replace(HOME, memory_gib=float(gib), host_memory_gib=float(host_gib))
+    return make_plan(settings, read_manifest(None, None), card, now=NOW)
+
+
+def test_what_dev_is_not_drawn_with_is_said():
+    """Its pipeline has embedded guidance and no negative caption; klein's has the other one."""
+    lines = "a cat --l 4\na cat --n dogs\na cat --g 3"
+    said = {}
+    for base in ("flux2-dev", "flux2-klein-4b"):
+        requests = prompts.parse_lines(lines, origin="prompts.txt", problems=prompts.Problems())
+        model = flux2.FACTS.models[base]
+        said[base] = prompts.idle_guidance(requests, facts_of("flux2", base), model)
+    assert [line.partition(":")[0] for line in said["flux2-dev"]] == ["prompts.txt, line 1", "prompts.txt, line 2"]
+    assert all("--l and --n have no effect" in line and "Fix: --g" in line for line in said["flux2-dev"])
+    assert [line.partition(":")[0] for line in said["flux2-klein-4b"]] == ["prompts.txt, line 3"]
 
 
 # ---- LoRA files

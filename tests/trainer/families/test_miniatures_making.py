@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.families import qwen_image as qwen_image_family
-from trainer.families.miniatures import recipes
+from trainer.families.miniatures import pools, qwen, recipes
 from trainer.families.miniatures.make import TOKENIZERS
 from trainer.families.miniatures.pools import encoded, write_scenes
 from trainer.families.miniatures.scenes import RESOLUTIONS, caption, concept_scene, draw, random_scene
@@ -70,11 +70,56 @@ def test_a_step_neither_copies_from_the_host_nor_asks_the_device(name):
         module.to("meta")
     latents = torch.empty(2, recipe.latent_channels, 16, 16, device="meta")
     on_device = [tokens.to("meta") for tokens in ids]
-    recipe.loss(latents, on_device)  # what is kept from the first step on
+    recipe.loss(latents, recipe.texts(on_device))  # what is kept from the first step on
     noted: list[str] = []
     with Numbers(noted), Moves(noted):
-        recipe.loss(latents, on_device).backward()
+        recipe.loss(latents, recipe.texts(on_device)).backward()
     assert not noted
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_captions_that_are_encoded_once_are_those_that_each_step_would_encode(name):
+    recipe, ids = made(name)
+    tokenizers = load_tokenizers(HOME / name, TOKENIZERS[name])
+    nothing = [token_ids(tokenizer, [""]).long() for tokenizer in tokenizers]
+    rows, emptied = torch.tensor([1, 0, 1]), torch.tensor([False, False, True])
+    with torch.no_grad():
+        once = pools._encoded_once(recipe, ids, nothing)(rows, emptied)
+        each = pools._encoded_each_time(recipe, ids, nothing)(rows, emptied)
+    assert once.keys() == each.keys()
+    for key, values in each.items():
+        torch.testing.assert_close(once[key], values, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(once["tokens"][0], once["tokens"][2])
+
+
+def test_a_decoder_that_learns_leaves_the_encoder_and_its_latents_as_they_are():
+    vae = AutoencoderKL.from_pretrained(HOME / "sdxl" / "vae", dtype=torch.float32).requires_grad_(False)
+    vae.decoder.requires_grad_()
+    pixels = draw([random_scene(random.Random(1))], height=64, width=64) * 2 - 1
+    pools.decoding_loss(vae)(pixels).backward()
+    learns = {name.split(".")[0] for name, weight in vae.named_parameters() if weight.grad is not None}
+    assert learns == {"decoder"}
+
+
+def test_the_autoencoder_of_videos_learns_the_latents_of_another_one():
+    torch.manual_seed(0)
+    teacher = AutoencoderKL.from_pretrained(HOME / "sd3" / "vae", dtype=torch.float32).requires_grad_(False)
+    pixels = draw([random_scene(random.Random(seed)) for seed in range(2)], height=64, width=64) * 2 - 1
+    student = qwen.OneFrame(qwen.new_vae(teacher, pixels))
+    taught = qwen.Taught(teacher, student.vae)
+    wanted = taught.encode(pixels).latent_dist.mean
+    torch.testing.assert_close(wanted.mean(dim=(0, 2, 3)), torch.zeros(16), rtol=0, atol=1e-3)
+    torch.testing.assert_close(wanted.std(dim=(0, 2, 3)), torch.ones(16), rtol=0, atol=1e-2)
+    loss = qwen.taught_loss(student, taught)
+    adam = torch.optim.Adam(student.parameters(), lr=3e-3)
+    apart = []
+    for _ in range(12):
+        with torch.no_grad():
+            apart.append(float((student.encode(pixels).latent_dist.mean - wanted).square().mean()))
+        adam.zero_grad()
+        loss(pixels).backward()
+        adam.step()
+    assert apart[-1] < 0.75 * apart[0], apart
 
 
 def test_qwen_images_step_predicts_what_the_model_does_with_its_own_mask(monkeypatch):
@@ -92,7 +137,7 @@ def test_qwen_images_step_predicts_what_the_model_does_with_its_own_mask(monkeyp
         return known.predicted
 
     monkeypatch.setattr(qwen_image_family, "predict", noted)
-    recipe.loss(torch.randn(2, recipe.latent_channels, 16, 16), ids)
+    recipe.loss(torch.randn(2, recipe.latent_channels, 16, 16), recipe.texts(ids))
     noisy, t, tokens = known.inputs
     net.set_attn_processor(type(next(iter(net.attn_processors.values()))).__mro__[1]())
     (words,) = load_tokenizers(HOME / "qwen_image", TOKENIZERS["qwen_image"])

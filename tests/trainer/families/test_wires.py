@@ -68,6 +68,11 @@ def test_sd3_has_both_above_the_tokens_of_t5_and_side_by_side_in_the_pooled_outp
             },
             set(),
         ),
+        (
+            "krea2",
+            {"Krea2TransformerBlock": "FusedKrea2Block", "Krea2TextFusionBlock": "FusedKrea2TextBlock"},
+            set(),
+        ),
         ("sd3", {"JointTransformerBlock": "FusedJointBlock"}, set()),
         ("sdxl", {"BasicTransformerBlock": "FusedBasicBlock"}, {"ResnetBlock2D"}),
         ("qwen_image", {"QwenImageTransformerBlock": "FusedQwenImageBlock"}, set()),

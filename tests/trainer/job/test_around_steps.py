@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import signal
+import threading
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from trainer.engine.cuda_graphs import EagerStep
 from trainer.job import build, rehearsal, sampling, session
 from trainer.job.run import run
 from trainer.spec.errors import StopRequestedError
+from trainer.storage import own_files
+from trainer.training import loop
 from trainer.training.stop_flag import StopFlag
 
 
@@ -192,3 +195,28 @@ def test_a_stop_while_a_sample_is_drawn_saves_the_step_first(job_plan, tmp_path,
     with pytest.raises(StopRequestedError):
         run(plan, stop)
     assert state_files.latest(tmp_path / "out" / "state").step == 3
+
+
+def test_steps_go_on_while_the_contact_sheet_is_written(job_plan, tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle --s 1")
+    asked = {"SAMPLE_PROMPTS": str(prompts), "PARAMS_SAMPLE_EVERY_N_STEPS": "1", "PARAMS_MAX_STEPS": "1"}
+    plan, stepped, train = job_plan("flux", PARAMS_OPTIMIZER_TYPE="adamw", **asked), threading.Event(), loop.train
+    write = session.contact_sheet
+
+    def trained(*given, **named):
+        for step in train(*given, **named):
+            stepped.set()
+            yield step
+
+    def written_after_the_step(*given):
+        assert stepped.wait(30), "the step waits for the contact sheet"
+        return write(*given)
+
+    monkeypatch.setattr(loop, "train", trained)
+    monkeypatch.setattr(session, "contact_sheet", written_after_the_step)
+    run(plan, StopFlag())
+    assert own_files.is_sheet(tmp_path / "out" / "sample" / own_files.SHEET_NAME)
+    events = b"".join(path.read_bytes() for path in (tmp_path / "out" / "logs").iterdir())
+    for path in (tmp_path / "out" / "sample").glob("step-*.png"):
+        assert path.read_bytes() in events

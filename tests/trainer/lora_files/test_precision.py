@@ -188,6 +188,7 @@ def test_an_export_has_the_type_of_the_file_unless_another_is_asked_for(flux_den
         ("flux2-klein-4b", False),
         ("flux2-klein-4b", True),
         ("flux2-klein-9b", False),
+        ("flux2-dev", False),
         ("qwen-image", False),
         ("krea2", False),
     ],

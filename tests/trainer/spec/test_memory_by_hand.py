@@ -73,6 +73,10 @@ def fp8(recompute, offload="none", kept_blocks=0, *, transposed=False):
         # The largest region twice: the one that runs and the next.
         ("bf16", 16, {"offload": "weights"}, 2 * 2 + 2),
         ("fp8", 16, {"offload": "weights"}, 2 + 2 + 0.54 * 128 / 64 / 4),
+        # And the share of each of the GPUs.
+        ("bf16", 16, {"offload": "shards", "shards": 2}, 2 * (2 + 4) + 2),
+        ("fp8", 16, {"offload": "shards", "shards": 8}, 2 + 1 + 2 + 0.54 * 128 / 64 * 3 / 8),
+        ("fp8", 16, {"offload": "none", "shards": 8}, 8 + 2 + 0.54 * 128 / 64),
         ("fp8", 16, {"offload": "activations"}, 8 + 2 + 0.54 * 128 / 64),
     ],
 )
@@ -157,11 +161,27 @@ def test_the_peak_of_a_step(precision, recompute, options, gib):
 
 
 @pytest.mark.parametrize(
+    ("recompute", "options", "gib"),
+    [
+        ("none", {}, 4 + 6.81 + 5 * (0.125 + 4)),
+        ("products", {"kept_blocks": 4}, 4 + 6.81 + 5 * (0.125 + 0.6 * 2 + 0.4 * 4)),
+        ("all", {}, 4 + 6.81 + 5 * (0.125 + 0.5)),
+    ],
+)
+def test_the_peak_of_a_step_with_weights_sharded_over_four_gpus(recompute, options, gib):
+    """A quarter of 8 GiB, two regions of 1, the other weights and half of the columns; what a step takes besides."""
+    four = dataclasses.replace(WORK, shards=4)
+    found = predict_peak_gib(ROUND, four, precision="fp8", recompute=recompute, offload="shards", **options)
+    assert found == exactly(gib + 1 - 6.81 + 2 + 2 + 2 + 0.54 * 128 / 64 / 2)
+
+
+@pytest.mark.parametrize(
     ("precision", "mode", "gib"),
     [
         ("fp8", ("products", "none"), 0),
         ("fp8", ("attention", "activations"), 5 * 1),
         ("fp32", ("all", "activations"), 5 * 0.5 * 2),
+        ("fp8", ("none", "shards"), 0),
         ("fp8", ("all", "weights"), 5 * 0.5 + 11.08),
         ("bf16", ("all", "weights"), 5 * 0.5 + 18),
     ],
@@ -217,6 +237,30 @@ def test_strategies_to_try_are_in_the_order_of_preference():
     for s in found:
         gib = predict_peak_gib(ROUND, WORK, precision=s.precision, recompute=s.recompute, offload=s.offload)
         assert (s.gib, s.kept_blocks, s.transposed) == (gib, 0, False)
+
+
+def test_several_gpus_may_share_the_weights_before_they_are_streamed_from_the_host():
+    four = dataclasses.replace(WORK, shards=4)
+    sharded = [(policy, "shards") for policy in ("none", "products", "attention", "all")]
+    found = [(s.precision, *s.mode) for s in candidates(ROUND, four, ["bf16", "fp8"])]
+    expected = [(precision, *mode) for precision in ("bf16", "fp8") for mode in MODES[:-1]]
+    assert found == [*expected, *(("fp8", *mode) for mode in sharded), ("fp8", *MODES[-1])]
+
+    def taken(have):
+        strategies = candidates(ROUND, four, ["fp8"])
+        return choose(ROUND, four, strategies, have_gib=have, host_gib=1000.0)
+
+    assert taken(fp8("all", "activations").gib / FITS_OFFLOADED * 1.001).mode == ("all", "activations")
+    assert taken(fp8("all", "activations").gib / FITS_OFFLOADED * 0.999).mode == ("all", "shards")
+    # Spare memory exempts blocks from recompute.
+    products = predict_peak_gib(ROUND, four, precision="fp8", recompute="products", offload="shards")
+    kept = choose(ROUND, four, [Strategy("fp8", "products", 0, "shards", products)], have_gib=27.0, host_gib=0.0)
+    expected_gib = predict_peak_gib(
+        ROUND, four, precision="fp8", recompute="products", offload="shards", kept_blocks=kept.kept_blocks
+    )
+    assert 0 < kept.kept_blocks < 10 and kept.gib == expected_gib <= 27.0 * FITS
+    peaks = phase_peaks_gib(ROUND, four, kept, streamed=False, tiled=False, drawn_pixels=2**20, encoded_pixels=2**20)
+    assert peaks["samples"] == exactly(2 + 2 + 2 + 0.54 * 128 / 64 / 2 + 4 + 0.31 + 3.2)
 
 
 def test_words_for_a_strategy():

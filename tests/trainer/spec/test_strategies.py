@@ -18,7 +18,7 @@ from trainer.spec.strategies import (
 
 # From what keeps least to what keeps most; from what is on the device to what is not.
 KEEPS = {"all": 0, "attention": 1, "products": 2, "none": 3}
-AWAY = {"none": 0, "activations": 1, "weights": 2}
+AWAY = {"none": 0, "activations": 1, "shards": 2, "weights": 3}
 
 
 def test_the_table_is_in_the_order_of_what_is_kept_and_of_what_it_costs():
@@ -26,7 +26,7 @@ def test_the_table_is_in_the_order_of_what_is_kept_and_of_what_it_costs():
     costs = [policy.step_cost for policy in RECOMPUTE_POLICIES.values()]
     assert costs == sorted(costs, reverse=True) and costs[-1] == 1.0 and len(set(costs)) == 4
     slow = [mode.slowdown for mode in OFFLOADS.values()]
-    assert slow == sorted(slow) and slow[0] == 1.0 and len(set(slow)) == 3
+    assert slow == sorted(slow) and slow[0] == 1.0 and len(set(slow)) == 4
     assert [(mode.recompute, mode.offload) for mode in MEMORY_MODES] == [
         ("none", "none"),
         ("products", "none"),
@@ -34,6 +34,10 @@ def test_the_table_is_in_the_order_of_what_is_kept_and_of_what_it_costs():
         ("attention", "activations"),
         ("all", "none"),
         ("all", "activations"),
+        ("none", "shards"),
+        ("products", "shards"),
+        ("attention", "shards"),
+        ("all", "shards"),
         ("all", "weights"),
     ]
 
@@ -43,9 +47,9 @@ def test_conditions_of_the_modes():
     for mode in MEMORY_MODES:
         for compiled, dora in itertools.product((False, True), repeat=2):
             possible = compiled or (mode.recompute, mode.offload) != ("attention", "activations")
-            possible = possible and not (dora and mode.offload == "weights")
+            possible = possible and not (dora and mode.offload in ("shards", "weights"))
             assert mode.is_allowed(compiled=compiled, dora=dora) == possible
-        assert mode.weights_on_device == (mode.offload != "weights")
+        assert mode.weights_on_device == (mode.offload not in ("shards", "weights"))
         assert memory_mode(mode.recompute, mode.offload) is mode
     with pytest.raises(KeyError):
         memory_mode("products", "weights")
@@ -66,6 +70,8 @@ def test_each_fallback_keeps_and_holds_no_more(policy, offload, kept, compiled):
             continue
         if not compiled and (mode.recompute, mode.offload) == ("attention", "activations"):
             continue
+        if mode.offload == "shards" and offload != "shards":  # weights are sharded as they are loaded
+            continue
         if running != first:
             expected.append(running)
     assert rest == expected
@@ -76,6 +82,7 @@ def test_a_mode_in_words():
     assert described("all", 3, "weights") == (
         "all recomputed, except in 3 blocks, activations offloaded, weights streamed"
     )
+    assert described("none", 0, "shards") == "everything kept, weights sharded over the GPUs"
     assert described("products", 1, "activations") == (
         "all but products recomputed, except in 1 blocks, activations offloaded"
     )

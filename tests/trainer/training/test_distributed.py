@@ -24,7 +24,8 @@ from trainer.training.objective import FlowMatching
 from trainer.training.step_guard import StepGuard
 from trainer.training.stop_flag import StopFlag
 
-CASES = ["plain", "bad", "memory", "joined", "joined memory", "stop"]  # the wish to stop stays
+CASES = ["plain", "bad", "memory", "joined", "joined memory", "frozen memory", "sharded memory"]
+CASES.append("stop")  # the wish to stop stays
 
 
 def start(folder, *cases):
@@ -77,6 +78,17 @@ def test_two_processes_are_one_with_two_micro_batches_to_a_step(pair, case):
 def test_both_have_the_same_bits(pair):
     for (steps, weights, guard), (others, their_weights, their_guard) in pair[0].values():
         assert same(weights, their_weights) and str(steps) == str(others) and guard == their_guard
+
+
+def test_sharded_weights_train_as_those_that_each_process_has(pair):
+    """Also where one process runs out of memory and does more passes than the other, or has no images in a step."""
+    for (steps, weights, guard), (others, their_weights, their_guard) in zip(
+        pair[0]["frozen memory"], pair[0]["sharded memory"], strict=True
+    ):
+        assert len(steps) == len(STEPS) and str(steps) == str(others) and same(weights, their_weights)
+        assert guard == their_guard
+    halved = [said.count("from now on 1 at once") for said in pair[1]]
+    assert halved == [0, len([case for case in CASES if case.endswith("memory")])]
 
 
 def test_flat_parameters_train_as_separate_ones_do():

@@ -22,6 +22,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 
 log = logging.getLogger(__name__)
 MODULE = "flash_attn.cute.interface"
@@ -33,7 +34,8 @@ MAX_ERROR = 2e-2  # relative to full precision; the rounding of bf16 is a fifth 
 # What the package raises if it cannot be loaded, compiled or run, besides the errors of its own compiler.
 PROBLEMS = (ImportError, OSError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, AssertionError)
 INSTEAD = "torch's own attention is used."
-_registered: list[torch.library.Library] = []  # one while it is enabled; its kernels stay registered while it lives
+# While it is enabled, one library, whose kernels stay registered while it lives; and torch's own order of kernels.
+_registered: list[tuple[torch.library.Library, list[int]]] = []
 
 
 def import_in_background() -> None:
@@ -50,6 +52,8 @@ def supports_model(denoiser: torch.nn.Module, dtype: torch.dtype, device: str) -
         attention: Any = module
         if hasattr(attention, "inner_dim") and hasattr(attention, "heads"):  # diffusers' attention
             head_dims.add(attention.inner_dim // attention.heads)
+        elif hasattr(attention, "num_heads") and hasattr(attention, "head_dim"):  # a class of one model's own
+            head_dims.add(attention.head_dim)
     supported = head_dims.intersection(HEAD_DIMS)
     if not supported or _module() is None:
         return False
@@ -58,11 +62,16 @@ def supports_model(denoiser: torch.nn.Module, dtype: torch.dtype, device: str) -
 
 
 def set_enabled(wanted: bool) -> None:
-    """Replace torch's flash attention by this one and prefer it to cuDNN's, or undo that. For the whole process."""
+    """Replace torch's flash attention by this one and prefer it to all others, or undo that. For the whole process.
+
+    The others keep their order among themselves: what flash attention cannot compute, such as a mask, goes to the
+    kernel that it goes to without this one.
+    """
     if wanted == bool(_registered):
         return
     if not wanted:
-        _registered.clear()  # torch's own kernels are back when the library is gone
+        _library, order = _registered.pop()  # torch's own kernels are back when the library is gone
+        torch._C._set_sdp_priority_order(order)
     elif _module() is not None:
         forward = torch.library.get_kernel(f"aten::{FORWARD}", "CUDA")
         backward = torch.library.get_kernel(f"aten::{BACKWARD}", "CUDA")
@@ -71,8 +80,22 @@ def set_enabled(wanted: bool) -> None:
             warnings.simplefilter("ignore")  # torch warns that another kernel was registered before
             library.impl(FORWARD, functools.partial(_forward, forward), "CUDA", with_keyset=True)
             library.impl(BACKWARD, functools.partial(_backward, backward), "CUDA", with_keyset=True)
-        _registered.append(library)
-    torch.backends.cuda.enable_cudnn_sdp(not _registered)
+        order = _order()
+        _registered.append((library, order))
+        flash = int(SDPBackend.FLASH_ATTENTION)  # type: ignore[call-overload]  # it is one, for its stubs not
+        torch._C._set_sdp_priority_order([flash, *(kernel for kernel in order if kernel != flash)])
+
+
+def _order() -> list[int]:
+    """The kernels of attention, as numbers of `SDPBackend`, in the order in which torch asks whether they can compute.
+
+    torch puts cuDNN's first on some cards, when it chooses for the first time: so it has to choose once before.
+    """
+    if torch.cuda.is_available():
+        some = torch.empty(1, 1, 64, 64, device="cuda", dtype=torch.bfloat16)
+        torch._fused_sdp_choice(some, some, some)
+    order: list[int] = torch._C._get_sdp_priority_order()
+    return order
 
 
 @functools.cache

@@ -18,12 +18,13 @@ norm, a GELU) can write its result in 8 bits at once, instead of 16 bits that an
     transpose               W (N, K) -> Wᵀ (K, N), in bytes                 the backward pass
     append_adapter_columns  h (M, R), B (N, R) -> columns of x8 and w8      each FP8 product with an adapter, both ways
     norm_rows               x -> LayerNorm and modulation, quantised;       fused_linear.norm_linear
-                            without a shift RMSNorm                         fused_linear.rms_linear
+                            not centred RMSNorm                             fused_linear.rms_linear
     norm_gradient           g, x -> gx, and the rows again                  their backward pass
     norm_residual           x, y, weight -> x + weight * RMSNorm(y)         fused_linear.norm_residual
     gelu_rows               y -> GELU or GEGLU, quantised                   fused_linear.gelu_linear
     gelu_gradient           g, y -> gy, and the rows again                  its backward pass
-    swiglu_rows             left, a, b -> [left, silu(a) * b], quantised    fused_linear.swiglu_linear
+    swiglu_rows             left, a, b -> [left, silu(a) * b], quantised;   fused_linear.swiglu_linear
+                            without silu sigmoid(a) * b                     fused_linear.gated_linear
     swiglu_gradient         g, a, b -> ga, gb, g_left, and the rows again   its backward pass
     gated_residual          x, gate, y -> x + gate * y                      fused_linear.gated_residual
     rotate                  qkv -> RMSNorm by head and rotary embedding     rope.norm_rope

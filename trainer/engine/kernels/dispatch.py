@@ -16,33 +16,29 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
+from torch.nn import Parameter
 
 from trainer.engine.kernels import reference, rope_reference
 
 Result = TypeVar("Result")
 
 
-def _on_cpu(arguments: tuple[object, ...]) -> bool:
-    """Whether the first tensor among the arguments is on the CPU; they all are on one device."""
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            return argument.is_cpu
-    return True
-
-
 def _by_device(kernel: Callable[..., Result], plain: Callable[..., Result]) -> Callable[..., Result]:
-    """`kernel` on an accelerator, `plain` on a CPU.
+    """`kernel` on an accelerator, `plain` on a CPU: by the first tensor among the arguments, all are on one device.
 
     Only the compiler needs to see an operator. Elsewhere its own function is called, without torch's dispatcher, on
-    which the host spends several times as long as on the launch itself.
+    which the host spends several times as long as on the launch itself. The compiler is known by its tensors, which are
+    of classes that hold no data: `torch.compiler.is_compiling()` is false in functions that it takes into its graph
+    without tracing them (`torch.compiler.allow_in_graph`).
     """
     launch: Callable[..., Result] = getattr(kernel, "_init_fn", kernel)
 
     @functools.wraps(plain)
     def chosen(*args: object) -> Result:
-        if _on_cpu(args):
+        tensor = next((argument for argument in args if isinstance(argument, Tensor)), None)
+        if tensor is not None and tensor.is_cpu:
             return plain(*args)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter):
             return kernel(*args)
         with set_wrap_triton_enabled(enabled=False):
             return launch(*args)

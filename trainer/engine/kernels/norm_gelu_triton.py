@@ -63,6 +63,7 @@ def _norm_rows(  # type: ignore[no-untyped-def]  # Triton reads annotations
     MAX_VALUE: tl.constexpr,
     KEEP_ROWS: tl.constexpr,
     CENTRED: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     image = row // tokens
@@ -70,7 +71,7 @@ def _norm_rows(  # type: ignore[no-untyped-def]  # Triton reads annotations
     inside = k < K
     x_hat, _ = _normalize(x, row, k, inside, K, EPS, CENTRED)
     value = x_hat * (SCALE_OFFSET + tl.load(scale + image * K + k, mask=inside, other=0.0).to(tl.float32))
-    if CENTRED:
+    if HAS_SHIFT:
         value += tl.load(shift + image * K + k, mask=inside, other=0.0).to(tl.float32)
     # Quantise what was rounded to 16 bits: the rows that adapters read are those that the 8 bits stand for.
     rounded = value.to(x.dtype.element_ty)
@@ -89,6 +90,7 @@ def norm_rows(
     shift_BK: torch.Tensor | None,
     scale_offset: float,
     eps: float,
+    centred: bool,
     dtype: torch.dtype,
     keep_rows: bool,
     padding: int = 0,
@@ -115,6 +117,7 @@ def norm_rows(
         eps,
         reference.max_value(dtype),
         keep_rows,
+        centred,
         shift_BK is not None,
         num_warps=_num_warps(block),
     )
@@ -148,6 +151,7 @@ def _norm_gradient(  # type: ignore[no-untyped-def]  # Triton reads annotations
     HAS_G3: tl.constexpr,
     KEEP_ROWS: tl.constexpr,
     CENTRED: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -158,7 +162,7 @@ def _norm_gradient(  # type: ignore[no-untyped-def]  # Triton reads annotations
     weight = SCALE_OFFSET + tl.load(scale + image * K + k, mask=inside, other=0.0).to(tl.float32)
     if KEEP_ROWS:
         value = x_hat * weight
-        if CENTRED:
+        if HAS_SHIFT:
             value += tl.load(shift + image * K + k, mask=inside, other=0.0).to(tl.float32)
         tl.store(modulated + row * K + k, value.to(x.dtype.element_ty), mask=inside)
     g = tl.load(g1 + row * K + k, mask=inside, other=0.0).to(tl.float32)
@@ -185,6 +189,7 @@ def norm_gradient(
     shift_BK: torch.Tensor | None,
     scale_offset: float,
     eps: float,
+    centred: bool,
     g1_MK: torch.Tensor,
     g2_MK: torch.Tensor | None,
     g3_MK: torch.Tensor | None,
@@ -216,6 +221,7 @@ def norm_gradient(
         g2_MK is not None,
         g3_MK is not None,
         keep_rows,
+        centred,
         shift_BK is not None,
         residual_grad_MK is not None,
         num_warps=_num_warps(block),

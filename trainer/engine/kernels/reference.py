@@ -155,19 +155,20 @@ def norm_rows(
     shift_BK: torch.Tensor | None,
     scale_offset: float,
     eps: float,
+    centred: bool,
     dtype: torch.dtype,
     keep_rows: bool,
     padding: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, Rows]:
-    """Quantise LayerNorm(x) * (scale_offset + scale) + shift: values (M, K + padding), scales (M, 1), rows (M, K).
+    """Quantise norm(x) * (scale_offset + scale) + shift: values (M, K + padding), scales (M, 1), rows (M, K).
 
-    Without a shift it is RMSNorm (arXiv 1910.07467), which does not centre x. scale_offset: 1 for a modulation, 0 for
-    the norm's own weight. Each of the B images has M / B rows of x.
+    norm: LayerNorm if `centred`, else RMSNorm (arXiv 1910.07467), which does not centre x. scale_offset: 1 for a
+    modulation, 0 for the norm's own weight. Each of the B images has M / B rows of x.
     """
-    if shift_BK is None:
-        x_hat_MK, _ = normalized(x_MK, eps, centred=False)
-    else:
+    if centred:
         x_hat_MK = F.layer_norm(x_MK.float(), x_MK.shape[1:], eps=eps)
+    else:
+        x_hat_MK, _ = normalized(x_MK, eps, centred=False)
     rows_MK = _modulate(x_hat_MK, scale_BK, shift_BK, scale_offset).to(x_MK.dtype)
     values_MF, row_scale_M1 = quantize_rows(rows_MK, None, dtype, padding)
     return values_MF, row_scale_M1, rows_MK if keep_rows else x_MK.new_empty(0)
@@ -188,6 +189,7 @@ def norm_gradient(
     shift_BK: torch.Tensor | None,
     scale_offset: float,
     eps: float,
+    centred: bool,
     g1_MK: torch.Tensor,
     g2_MK: torch.Tensor | None,
     g3_MK: torch.Tensor | None,
@@ -197,16 +199,16 @@ def norm_gradient(
     """The gradient of x (M, K), and the rows of `norm_rows` again.
 
     g1 to g3: gradients of the rows from the layers that read them, added here. residual_grad: the gradient that reaches
-    x past the norm, added here as well. Without a shift: RMSNorm's.
+    x past the norm, added here as well. A shift changes nothing but the rows.
     """
     gradients = [g.float() for g in (g1_MK, g2_MK, g3_MK) if g is not None]
     g_MK = torch.stack(gradients).sum(0)
     g_MK = _modulate(g_MK, scale_BK, None, scale_offset)
-    x_hat_MK, rstd_M1 = normalized(x_MK, eps, centred=shift_BK is not None)
+    x_hat_MK, rstd_M1 = normalized(x_MK, eps, centred=centred)
     # LayerNorm's gradient (arXiv 1607.06450): g without its mean and without its projection on x_hat. RMSNorm's keeps
     # the mean.
     along_x_hat_MK = x_hat_MK * (g_MK * x_hat_MK).mean(-1, keepdim=True)
-    if shift_BK is not None:
+    if centred:
         g_MK = g_MK - g_MK.mean(-1, keepdim=True)
     gx_MK = rstd_M1 * (g_MK - along_x_hat_MK)
     if residual_grad_MK is not None:
@@ -288,12 +290,17 @@ def swiglu_rows(
     left_ML: torch.Tensor | None,
     a_MK: torch.Tensor,
     b_MK: torch.Tensor,
+    silu: bool,
     dtype: torch.dtype,
     keep_rows: bool,
     padding: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, Rows]:
-    """Quantise [left, silu(a) * b] (arXiv 2002.05202): values (M, L + K + padding), scales (M, 1), rows (M, L + K)."""
-    rows = (F.silu(a_MK.float()) * b_MK.float()).to(a_MK.dtype)
+    """Quantise [left, silu(a) * b] (arXiv 2002.05202): values (M, L + K + padding), scales (M, 1), rows (M, L + K).
+
+    Without `silu`, sigmoid(a) * b (GLU, arXiv 1612.08083), by which Krea 2 gates what attention leaves.
+    """
+    gate = F.silu(a_MK.float()) if silu else a_MK.float().sigmoid()
+    rows = (gate * b_MK.float()).to(a_MK.dtype)
     if left_ML is not None:
         rows = torch.cat([left_ML, rows], -1)
     values, row_scale_M1 = quantize_rows(rows, None, dtype, padding)
@@ -301,15 +308,18 @@ def swiglu_rows(
 
 
 def swiglu_gradient(
-    left_ML: torch.Tensor | None, a_MK: torch.Tensor, b_MK: torch.Tensor, g: torch.Tensor, keep_rows: bool
+    left_ML: torch.Tensor | None, a_MK: torch.Tensor, b_MK: torch.Tensor, silu: bool, g: torch.Tensor, keep_rows: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Rows]:
     """From g (M, L + K), the gradient of `swiglu_rows`' rows: those of a, of b and of left, and those rows again."""
     left_features = 0 if left_ML is None else left_ML.shape[1]
     a, b, g_MK = a_MK.float(), b_MK.float(), g[:, left_features:].float()
     sigmoid = a.sigmoid()
-    ga = g_MK * b * sigmoid * (1 + a * (1 - sigmoid))
-    gb = g_MK * a * sigmoid
-    rows = (a * sigmoid * b).to(a_MK.dtype) if keep_rows else a_MK.new_empty(0)
+    gate, slope = sigmoid, sigmoid * (1 - sigmoid)
+    if silu:
+        gate, slope = a * sigmoid, sigmoid * (1 + a * (1 - sigmoid))
+    ga = g_MK * b * slope
+    gb = g_MK * gate
+    rows = (gate * b).to(a_MK.dtype) if keep_rows else a_MK.new_empty(0)
     if keep_rows and left_ML is not None:
         rows = torch.cat([left_ML, rows], -1)
     return ga.to(a_MK.dtype), gb.to(b_MK.dtype), g[:, :left_features].clone(), rows

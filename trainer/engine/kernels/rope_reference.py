@@ -82,7 +82,8 @@ def rotate_heads(x_BTF: torch.Tensor, weight_D: torch.Tensor, turns_BTR2: torch.
     """The queries or the keys of one projection, normalised by head and rotated: (B, T, H, D).
 
     For models whose q, k and v are separate layers, and whose angles differ from image to image. F = H D features.
-    turns: cosine and sine for each of the R = D / 2 pairs of a token, in fp32; (1, T, R, 2) if all images share them.
+    turns: cosine and sine for each of the R = D / 2 pairs of a token, in fp32; (1, T, R, 2) if all images share them,
+    (1, 1, R, 2) if all tokens do.
     """
     x = _rms_norm(x_BTF.unflatten(2, (-1, len(weight_D))), weight_D, eps)
     return _turned(x, turns_BTR2).to(x_BTF.dtype)
@@ -92,8 +93,8 @@ def rotate_heads_gradient(
     x_BTF: torch.Tensor, weight_D: torch.Tensor, turns_BTR2: torch.Tensor, g_BTHD: torch.Tensor, eps: float
 ) -> torch.Tensor:
     """The gradient of x (B, T, F) from that of `rotate_heads`' result. The norm's weight is frozen and gets none."""
-    back_BTR2 = turns_BTR2 * turns_BTR2.new_tensor([1.0, -1.0])
-    g = _turned(g_BTHD.float(), back_BTR2) * weight_D.float()
+    cos, sin = turns_BTR2.unbind(-1)
+    g = _turned(g_BTHD.float(), torch.stack([cos, -sin], -1)) * weight_D.float()
     x = x_BTF.float().unflatten(2, (-1, len(weight_D)))
     rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
     x_hat = x * rstd

@@ -62,24 +62,25 @@ def _comparisons(device: str, dtype: torch.dtype) -> Iterator[Comparison]:
 def _norm_comparisons(normal: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[Comparison]:
     x, g, residual_grad = (normal(ROWS, IN_FEATURES) for _ in range(3))
     scale, shift = (normal(2, IN_FEATURES) for _ in range(2))
-    forward = (x, scale, shift, 1.0, 1e-6, dtype, True)
+    forward = (x, scale, shift, 1.0, 1e-6, True, dtype, True)
     yield "norm_rows", _dequantized(dispatch.norm_rows(*forward)), _dequantized(reference.norm_rows(*forward))
     h = normal(ROWS, RANK)
     up = normal(ROWS, RANK)
     found = _adapter_column_parts(dispatch.append_adapter_columns, dtype, x, g, h, up)
     expected = _adapter_column_parts(reference.append_adapter_columns, dtype, x, g, h, up)
     yield "append_adapter_columns", found, expected
-    backward = (x, scale, shift, 1.0, 1e-6, g, residual_grad, None, residual_grad, True)
+    backward = (x, scale, shift, 1.0, 1e-6, True, g, residual_grad, None, residual_grad, True)
     yield "norm_gradient", dispatch.norm_gradient(*backward), reference.norm_gradient(*backward)
 
 
 def _rms_comparisons(normal: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[Comparison]:
     x, g = (normal(ROWS, IN_FEATURES) for _ in range(2))
     weight = normal(2, IN_FEATURES)
-    forward = (x, weight, None, 0.0, 1e-6, dtype, True)
-    yield "norm_rows", _dequantized(dispatch.norm_rows(*forward)), _dequantized(reference.norm_rows(*forward))
-    for residual_grad in (None, normal(ROWS, IN_FEATURES)):
-        backward = (x, weight, None, 0.0, 1e-6, g, None, None, residual_grad, True)
+    for shift in (None, normal(2, IN_FEATURES)):
+        forward = (x, weight, shift, 0.0, 1e-6, False, dtype, True)
+        yield "norm_rows", _dequantized(dispatch.norm_rows(*forward)), _dequantized(reference.norm_rows(*forward))
+    for shift, residual_grad in ((None, None), (normal(2, IN_FEATURES), normal(ROWS, IN_FEATURES))):
+        backward = (x, weight, shift, 0.0, 1e-6, False, g, None, None, residual_grad, True)
         yield "norm_gradient", dispatch.norm_gradient(*backward), reference.norm_gradient(*backward)
     added = (normal(2, ROWS // 2, IN_FEATURES), x.view(2, -1, IN_FEATURES), weight, 1e-6)
     yield "norm_residual", [dispatch.norm_residual(*added)], [reference.norm_residual(*added)]
@@ -87,11 +88,11 @@ def _rms_comparisons(normal: Callable[..., Tensor], dtype: torch.dtype) -> Itera
 
 def _swiglu_comparisons(normal: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[Comparison]:
     a, b = normal(ROWS, 2 * GELU_FEATURES).chunk(2, -1)
-    for left in (None, normal(ROWS, LEFT_FEATURES)):
-        forward = (left, a, b, dtype, True)
+    for left, silu in ((None, True), (normal(ROWS, LEFT_FEATURES), True), (None, False)):
+        forward = (left, a, b, silu, dtype, True)
         yield "swiglu_rows", _dequantized(dispatch.swiglu_rows(*forward)), _dequantized(reference.swiglu_rows(*forward))
         g = normal(ROWS, GELU_FEATURES + (0 if left is None else LEFT_FEATURES))
-        backward = (left, a, b, g, True)
+        backward = (left, a, b, silu, g, True)
         found = [t for t in dispatch.swiglu_gradient(*backward) if t.numel()]  # as of GELU
         yield "swiglu_gradient", found, [t for t in reference.swiglu_gradient(*backward) if t.numel()]
 

@@ -1,4 +1,4 @@
-"""Triton kernels for SwiGLU, silu(a) * b, fused with quantisation; and for its gradients.
+"""Triton kernels for SwiGLU, silu(a) * b, or GLU, sigmoid(a) * b, fused with quantisation; and for their gradients.
 
 The two halves are outputs of separate layers, or views of one. Other features may stand before the result in a row.
 `trainer.engine.kernels.reference` has the same functions in plain torch.
@@ -19,10 +19,13 @@ from trainer.engine.kernels.norm_gelu_triton import CHUNK, _row_scale, _store_ro
 
 
 @triton.jit
-def _load_swiglu(a, b, row, k, inside, a_stride, b_stride):  # type: ignore[no-untyped-def]  # Triton reads annotations
-    """silu(a) * b of one row, rounded to 16 bits."""
+def _load_swiglu(a, b, row, k, inside, a_stride, b_stride, SILU: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton reads annotations
+    """silu(a) * b of one row, or sigmoid(a) * b, rounded to 16 bits."""
     value = tl.load(a + row * a_stride + k, mask=inside, other=0.0).to(tl.float32)
-    value *= tl.sigmoid(value) * tl.load(b + row * b_stride + k, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.sigmoid(value)
+    if SILU:
+        gate *= value
+    value = gate * tl.load(b + row * b_stride + k, mask=inside, other=0.0).to(tl.float32)
     return value.to(a.dtype.element_ty)
 
 
@@ -43,6 +46,7 @@ def _swiglu_rows(  # type: ignore[no-untyped-def]  # Triton reads annotations
     K: tl.constexpr,
     PADDING: tl.constexpr,
     CHUNK: tl.constexpr,
+    SILU: tl.constexpr,
     MAX_VALUE: tl.constexpr,
     KEEP_ROWS: tl.constexpr,
 ):
@@ -51,7 +55,7 @@ def _swiglu_rows(  # type: ignore[no-untyped-def]  # Triton reads annotations
     amax = tl.zeros([CHUNK], tl.float32)
     for start in range(0, K, CHUNK):
         k = start + chunk
-        rounded = _load_swiglu(a, b, row, k, k < K, a_stride, b_stride)
+        rounded = _load_swiglu(a, b, row, k, k < K, a_stride, b_stride, SILU)
         amax = tl.maximum(amax, tl.abs(rounded.to(tl.float32)))
         if KEEP_ROWS:
             tl.store(kept_rows + row * (L + K) + L + k, rounded, mask=k < K)
@@ -69,7 +73,7 @@ def _swiglu_rows(  # type: ignore[no-untyped-def]  # Triton reads annotations
         if KEEP_ROWS:
             value = tl.load(kept_rows + row * (L + K) + L + k, mask=k < K, other=0.0)
         else:
-            value = _load_swiglu(a, b, row, k, k < K, a_stride, b_stride)
+            value = _load_swiglu(a, b, row, k, k < K, a_stride, b_stride, SILU)
         _store_row(value.to(tl.float32), out, row, L + k, k < K, L + K + PADDING, row_scale, MAX_VALUE)
     for start in range(0, L, CHUNK):
         i = start + chunk
@@ -82,6 +86,7 @@ def swiglu_rows(
     left_ML: torch.Tensor | None,
     a_MK: torch.Tensor,
     b_MK: torch.Tensor,
+    silu: bool,
     dtype: torch.dtype,
     keep_rows: bool,
     padding: int = 0,
@@ -106,6 +111,7 @@ def swiglu_rows(
         features,
         padding,
         CHUNK,
+        silu,
         reference.max_value(dtype),
         keep_rows,
         num_warps=4,
@@ -130,6 +136,7 @@ def _swiglu_gradient(  # type: ignore[no-untyped-def]  # Triton reads annotation
     L: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
+    SILU: tl.constexpr,
     KEEP_ROWS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -140,14 +147,18 @@ def _swiglu_gradient(  # type: ignore[no-untyped-def]  # Triton reads annotation
     b_value = tl.load(b + row * b_stride + k, mask=inside, other=0.0).to(tl.float32)
     g_value = tl.load(g + row * (L + K) + column, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(a_value)
-    of_a = g_value * b_value * sigmoid * (1.0 + a_value * (1.0 - sigmoid))
-    tl.store(ga + row * K + k, of_a.to(ga.dtype.element_ty), mask=inside)
-    tl.store(gb + row * K + k, (g_value * a_value * sigmoid).to(gb.dtype.element_ty), mask=inside)
+    gate = sigmoid
+    slope = sigmoid * (1.0 - sigmoid)
+    if SILU:
+        gate = sigmoid * a_value
+        slope = sigmoid * (1.0 + a_value * (1.0 - sigmoid))
+    tl.store(ga + row * K + k, (g_value * b_value * slope).to(ga.dtype.element_ty), mask=inside)
+    tl.store(gb + row * K + k, (g_value * gate).to(gb.dtype.element_ty), mask=inside)
     if L > 0:
         left_value = tl.load(g + row * (L + K) + column, mask=column < L)
         tl.store(g_left + row * L + column, left_value, mask=column < L)
     if KEEP_ROWS:
-        value = a_value * sigmoid * b_value
+        value = gate * b_value
         tl.store(kept_rows + row * (L + K) + column, value.to(a.dtype.element_ty), mask=inside)
         if L > 0:
             left_value = tl.load(left + row * L + column, mask=column < L)
@@ -156,7 +167,7 @@ def _swiglu_gradient(  # type: ignore[no-untyped-def]  # Triton reads annotation
 
 @triton_op("kiln::swiglu_gradient", mutates_args={})
 def swiglu_gradient(
-    left_ML: torch.Tensor | None, a_MK: torch.Tensor, b_MK: torch.Tensor, g: torch.Tensor, keep_rows: bool
+    left_ML: torch.Tensor | None, a_MK: torch.Tensor, b_MK: torch.Tensor, silu: bool, g: torch.Tensor, keep_rows: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`reference.swiglu_gradient` in one kernel: the gradients of a, b and left, and rows (M, L + K) or empty."""
     g = g.contiguous()
@@ -181,6 +192,7 @@ def swiglu_gradient(
         left_features,
         features,
         CHUNK,
+        silu,
         keep_rows,
         num_warps=4,
     )

@@ -5,7 +5,8 @@ Read in this order:
 - `checkpointing`: the backward pass recomputes what the forward pass did not keep. Its policies `none`, `products`,
   `attention` and `all` keep less and less.
 - `activation_offload`: what the forward pass keeps waits in host memory until the backward pass needs it.
-- `weight_streaming`: frozen weights wait in host memory; each region's weights come to the device before it runs.
+- `weight_streaming`: frozen weights wait elsewhere; each region's weights come to the device before it runs.
+- `sharding`: they wait in parts on the GPUs of the job, instead of in host memory.
 - `pinned`: page-locked host buffers, which both kinds of offload copy from and to.
 
 What is on the device, with all three (policy `all`, offload `weights`). A region is a module that is compiled and
@@ -36,5 +37,5 @@ Parts of torch that we work around, and what breaks otherwise:
 - Dynamo stops compiling a function after 8 recompilations; regions share one function (`checkpointing.apply`).
 - A capture that fails leaves torch's allocator and random generator in capture mode (`trainer.engine.cuda_graphs`).
 
-Imports `trainer.spec`, and from `trainer.engine` only `quantization`.
+Imports `trainer.spec` and `trainer.storage`, and from `trainer.engine` only `quantization`.
 """

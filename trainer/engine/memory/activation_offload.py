@@ -17,8 +17,8 @@ from typing import Any, cast
 
 import torch
 
-from trainer.engine.memory.pinned import pinned_bytes, unpin, view
-from trainer.engine.memory.weight_streaming import ALIGNMENT, WeightStreamer
+from trainer.engine.memory.pinned import aligned, pinned_bytes, unpin, view
+from trainer.engine.memory.weight_streaming import WeightStreamer
 from trainer.spec.memory_model import IN_FLIGHT_SHARE
 
 MIN_OFFLOADED_BYTES = 2**22  # a smaller tensor is not worth a copy of its own
@@ -208,7 +208,7 @@ class ActivationOffload:
             return self.free.pop(place)
         if torch.cuda.is_current_stream_capturing():
             return None
-        wanted = math.ceil(size / ALIGNMENT) * ALIGNMENT
+        wanted = aligned(size)
         if sum(map(len, self.buffers)) + wanted > self.limit:
             raise torch.OutOfMemoryError(
                 f"Activation offload has used all {self.limit / 2**30:.1f} GiB of host memory it may pin."

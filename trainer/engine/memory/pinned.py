@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 
 import torch
+
+ALIGNMENT = 256  # bytes; tensors in a buffer begin where torch's own allocator would let them begin
+
+
+def aligned(size: int) -> int:
+    """`size` in bytes, rounded up to `ALIGNMENT`."""
+    return math.ceil(size / ALIGNMENT) * ALIGNMENT
 
 
 def view(

@@ -1,42 +1,43 @@
-"""Weight streaming: frozen weights wait in host memory, and each region's weights come to the device before it runs.
+"""Weight streaming: frozen weights wait elsewhere, and each region's weights come to the device before it runs.
 
-The package's page has a drawing. Two slots on the device hold the weights of the running region and of the next one.
-Which one is next is learnt from the pass before: regions run in the same order each time, and backwards in the backward
-pass. A wrong guess costs time only, since `load` fetches what is missing.
+They wait in host memory, or in parts on the GPUs of the job (`sharding`). The package's page has a drawing. Two slots
+on the device hold the weights of the running region and of the next one. Which one is next is learnt from the pass
+before: regions run in the same order each time, and backwards in the backward pass. A wrong guess costs time only,
+since `load` fetches what is missing.
 """
 
 from __future__ import annotations
 
-import math
+import logging
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from trainer.engine.memory.pinned import pinned_bytes, unpin, view
+from trainer.engine.memory.pinned import aligned, pinned_bytes, unpin, view
+from trainer.engine.memory.sharding import Shards
 from trainer.spec.memory_model import RESIDENT_REGIONS
 
-ALIGNMENT = 256  # bytes; tensors in a slot begin where torch's own allocator would let them begin
-
-
-def _aligned(size: int) -> int:
-    """`size` in bytes, rounded up."""
-    return math.ceil(size / ALIGNMENT) * ALIGNMENT
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _StreamedTensor:
-    """A tensor of a region, its copy on the host, and the byte of a slot where it begins."""
+    """A tensor of a region, the byte of a slot where it begins, and its copy on the host, if it waits there."""
 
     tensor: torch.Tensor
     offset: int
-    host: torch.Tensor
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    host: torch.Tensor | None = None
 
-    def view(self, slot: torch.Tensor) -> torch.Tensor:
-        return view(slot, self.offset, self.host.shape, self.host.stride(), self.host.dtype)
+    def view(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The tensor in a buffer that has the bytes of its region: a slot, for example."""
+        return view(buffer, self.offset, self.shape, self.stride, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,18 @@ class WeightStreamer:
 
     Call `add_region` for each, then `allocate_slots`, and `attach` once the regions are compiled. `pinned`: copy the
     weights into page-locked memory, which is faster to read and worth the copy if they are read more than once.
+    `shards`: where the weights wait, instead of the host.
     """
 
-    def __init__(self, device: str, *, pinned: bool = True) -> None:
+    def __init__(self, device: str, *, pinned: bool = True, shards: Shards | None = None) -> None:
         self.device = torch.device(device)
         self.pinned = pinned and device == "cuda"
+        self.shards = shards
         self.buffers: list[torch.Tensor] = []
         weakref.finalize(self, unpin, self.buffers).atexit = False
         self.regions: list[torch.nn.Module] = []
         self.tensors: list[list[_StreamedTensor]] = []  # of each region
+        self.sizes: list[int] = []  # of each region, in a slot, in bytes
         self.slots: list[torch.Tensor] = []
         self.occupants: list[int | None] = []  # of each slot: the region whose weights are there
         self.ready: dict[int, torch.cuda.Event] = {}  # region → its weights have been copied
@@ -72,46 +76,83 @@ class WeightStreamer:
         self.previous: int | None = None
         self.current: int | None = None
         self.copy_stream = torch.cuda.Stream() if device == "cuda" else None
+        self.is_copying = False  # whether something may be left to do on that stream
 
     def add_region(self, region: torch.nn.Module) -> None:
-        """Move the frozen tensors of `region` to host memory."""
-        frozen: list[torch.Tensor] = []
+        """Move the frozen tensors of `region` to where they wait."""
+        streamed: list[_StreamedTensor] = []
+        size = 0
         for tensor in (*region.parameters(), *region.buffers()):
             if not tensor.requires_grad:
-                frozen.append(tensor)
-        offsets: list[int] = []
-        size = 0
-        for tensor in frozen:
-            offsets.append(size)
-            size += _aligned(tensor.nbytes)
-        buffer: torch.Tensor | None = None
-        if self.pinned:
-            buffer = pinned_bytes(_aligned(size))
-            self.buffers.append(buffer)
-        streamed: list[_StreamedTensor] = []
-        for tensor, offset in zip(frozen, offsets, strict=True):
-            if buffer is None:
-                host = tensor.data.cpu()
-            else:
-                host = view(buffer, offset, tensor.shape, tensor.stride(), tensor.dtype)
-                host.copy_(tensor.data)
-            tensor.data = host
-            streamed.append(_StreamedTensor(tensor, offset, host))
+                streamed.append(_StreamedTensor(tensor, size, tensor.shape, tensor.stride(), tensor.dtype))
+                size += aligned(tensor.nbytes)
+        if self.shards is not None:
+            size = self.shards.size_of(size)
+            self._shard(streamed, size)
+        else:
+            streamed = self._on_host(streamed, size)
         self.regions.append(region)
         self.tensors.append(streamed)
+        self.sizes.append(size)
+
+    def _on_host(self, streamed: list[_StreamedTensor], size: int) -> list[_StreamedTensor]:
+        """The tensors, of `size` bytes together, with their copies on the host."""
+        buffer: torch.Tensor | None = None
+        if self.pinned:
+            buffer = pinned_bytes(size)
+            self.buffers.append(buffer)
+        moved: list[_StreamedTensor] = []
+        for each in streamed:
+            if buffer is None:
+                host = each.tensor.data.cpu()
+            else:
+                host = each.view(buffer)
+                host.copy_(each.tensor.data)
+            each.tensor.data = host
+            moved.append(replace(each, host=host))
+        return moved
+
+    def _shard(self, streamed: list[_StreamedTensor], size: int) -> None:
+        """Keep this process's part of the tensors, and free them."""
+        assert self.shards is not None
+        region_N = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        for each in streamed:
+            each.view(region_N).copy_(each.tensor.data)
+            each.tensor.data = torch.empty(0, dtype=each.dtype, device=self.device)
+        self.shards.keep(region_N)
 
     def allocate_slots(self) -> None:
-        """Allocate the slots, large enough for the largest region.
+        """Allocate the slots, large enough for the largest region; with shards, all processes must call it.
 
         All weights become views of a slot at once, so that `weight.device` is the device also before a region runs.
         """
-        ends = [tensors[-1].offset + tensors[-1].host.nbytes for tensors in self.tensors if tensors]
-        size = _aligned(max(ends, default=0))
+        size = max(self.sizes, default=0)
         self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(RESIDENT_REGIONS)]
+        if self.shards is not None:
+            self.shards.connect(self.slots[0])
+            log.info(
+                "The frozen weights are sharded over %d processes: %.3g of %.3g GiB are here, and the others' are read "
+                "at %.0f GB/s.",
+                self.shards.peers.count, self.shards.own_bytes / 2**30, sum(self.sizes) / 2**30, self.shards.gb_per_s,
+            )  # fmt: skip
         self.occupants = [None] * RESIDENT_REGIONS
         for tensors in self.tensors:
             for streamed in tensors:
                 streamed.tensor.data = streamed.view(self.slots[0])
+
+    def move_to_host(self) -> None:
+        """Move sharded weights to host memory; all processes must call it."""
+        assert self.shards is not None
+        for index, size in enumerate(self.sizes):
+            slot = self.load(index)
+            buffer = pinned_bytes(size) if self.pinned else torch.empty(size, dtype=torch.uint8)
+            buffer.copy_(slot[:size])
+            self.tensors[index] = [replace(each, host=each.view(buffer)) for each in self.tensors[index]]
+            if self.pinned:
+                self.buffers.append(buffer)
+        self.forget()
+        self.shards.peers.all_agree(True)  # until all have read what is here
+        self.shards = None
 
     def attach(self) -> None:
         """Bring each region's weights before it runs, outside of what is compiled."""
@@ -150,6 +191,7 @@ class WeightStreamer:
         if self.copy_stream is None:
             self._copy(index, number)
             return
+        self.is_copying = True
         self.copy_stream.wait_stream(torch.cuda.current_stream())  # which may still read the slot's old weights
         with torch.cuda.stream(self.copy_stream):
             self._copy(index, number)
@@ -157,8 +199,26 @@ class WeightStreamer:
             self.ready[index].record(self.copy_stream)
 
     def _copy(self, index: int, number: int) -> None:
+        if self.shards is not None:
+            self.shards.read(index, self.slots[number])
+            return
         for streamed in self.tensors[index]:
+            assert streamed.host is not None
             streamed.view(self.slots[number]).copy_(streamed.host, non_blocking=True)
+
+    def forget(self) -> None:
+        """Wait on the device for all copies, and take the slots for empty.
+
+        Around a pass that is captured as a CUDA graph: neither this object nor the graph knows what the other one has
+        left in the slots, and no copy may reach from one into the other.
+        """
+        self.occupants = [None] * len(self.slots)
+        self.ready.clear()
+        self.previous = None
+        self.current = None
+        if self.is_copying and self.copy_stream is not None:
+            self.is_copying = False
+            torch.cuda.current_stream().wait_stream(self.copy_stream)
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | _SavedWeight:
         """For `saved_tensors_hooks`: describes a weight instead of saving it, since its slot will be overwritten."""

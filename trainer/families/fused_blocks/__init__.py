@@ -8,5 +8,6 @@ dropout.
 
 Read `projections`, then `joint_attention` and `flux` (joined projections and a rotary embedding), then `flux2` (a
 modulation for all blocks, SwiGLU), `sd3`, `sdxl`, `z_image` (RMSNorm, a rotary embedding that differs from image to
-image) and `qwen_image`. Imports `trainer.engine` and diffusers. The parameters are named as diffusers names them.
+image), `qwen_image` and `krea2` (RMSNorm with a shift, fewer keys than queries, a gate on attention). Imports
+`trainer.engine` and diffusers. The parameters are named as diffusers names them.
 """

@@ -32,7 +32,7 @@ def turned_heads(projected_BTF: torch.Tensor, norm: Any, turns_BTR: torch.Tensor
     `turns`: each pair's rotation as a complex number, of every image or, (1, T, R), the same for all; None: none.
     """
     if turns_BTR is not None and projected_BTF.dtype != torch.float32 and norm is not None and can_fuse_rope(norm):
-        return head_norm_rope(projected_BTF, norm, torch.view_as_real(turns_BTR))
+        return head_norm_rope(projected_BTF, norm.weight, torch.view_as_real(turns_BTR), norm.eps)
     heads_BTHD = projected_BTF.unflatten(-1, (heads, -1))
     if norm is not None:
         heads_BTHD = norm(heads_BTHD)

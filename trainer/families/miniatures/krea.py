@@ -11,7 +11,10 @@ WIDTH = 32  # of the text encoder
 
 
 def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen3VLModel:
-    """As many layers as are read, with grouped queries, and as good as nothing that reads images."""
+    """As many layers as are read, with grouped queries, and as good as nothing that reads images.
+
+    It is not trained, as it would cost five times as much as the denoiser: its sizes are those of `models.deep_qwen3`.
+    """
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": WIDTH,
@@ -22,6 +25,7 @@ def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen3VLModel:
         "head_dim": 16,
         "max_position_embeddings": 1024,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]},
+        "initializer_range": 0.06,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -29,14 +33,16 @@ def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen3VLModel:
     images = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": WIDTH}
     images |= {"patch_size": 2, "num_position_embeddings": 4}
     places = {"deepstack_visual_indexes": [0]}
-    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=images | places, tie_word_embeddings=True))
+    model = Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=images | places, tie_word_embeddings=True))
+    nn.init.normal_(model.language_model.embed_tokens.weight)
+    return model.requires_grad_(False)
 
 
 def transformer() -> Krea2Transformer2DModel:
-    """Four blocks, 128 wide, with a quarter as many keys and values as queries, as in the published one."""
+    """Six blocks, 128 wide, with a quarter as many keys and values as queries, as in the published one."""
     model = Krea2Transformer2DModel(
         in_channels=4 * LATENT_CHANNELS,
-        num_layers=4,
+        num_layers=6,
         attention_head_dim=32,
         num_attention_heads=4,
         num_key_value_heads=1,

@@ -142,16 +142,16 @@ def qwen3(tokenizer: Qwen2Tokenizer, *, width: int = QWEN_WIDTH, layers: int = 3
 
 
 def z_image_transformer() -> ZImageTransformer2DModel:
-    """Six blocks, 96 wide, and a refiner for each of image and text."""
+    """Six blocks, 128 wide, and a refiner for each of image and text."""
     model = ZImageTransformer2DModel(
         in_channels=16,
-        dim=96,
+        dim=128,
         n_layers=6,
         n_refiner_layers=1,
         n_heads=4,
         n_kv_heads=4,
         cap_feat_dim=QWEN_WIDTH,
-        axes_dims=[8, 8, 8],
+        axes_dims=[8, 12, 12],
         axes_lens=[1024, 64, 64],
     )
     for name, module in model.named_modules():

@@ -2,18 +2,17 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from trainer.families.miniatures.fit import LossFunction
-from trainer.families.miniatures.recipes import Recipe
+from trainer.families.miniatures.fit import LossFunction, difference
+from trainer.families.miniatures.recipes import Recipe, Texts
 from trainer.families.miniatures.scenes import RESOLUTIONS, Scene, caption, draw, random_scene
 from trainer.families.miniatures.textures import textures
 from trainer.families.miniatures.tokens import token_ids
@@ -25,35 +24,49 @@ def _scenes(count: int, rng: random.Random) -> list[Scene]:
     return [random_scene(rng) for _ in range(count)]
 
 
-def image_losses(
-    vae: AutoencoderKL,
-    *,
-    count: int,
-    batch: int,
-    device: torch.device,
-    prior_mean: float,
-    prior_std: float,
-    weight: float,
-) -> list[LossFunction]:
-    """One loss for each resolution: how badly `vae` copies a batch out of `count` images, five of six of them scenes.
+ImageLoss = Callable[[torch.Tensor], torch.Tensor]
+"""A loss of pixels (B, 3, H, W) in -1..1."""
+
+
+def copying_loss(vae: AutoencoderKL, *, prior_mean: float, prior_std: float, weight: float) -> ImageLoss:
+    """How badly `vae` copies images, to train all of it.
 
     The latents are drawn, with `weight`, towards a normal prior that is not centred on zero: as in the published
     models, a trainer that forgets the shift or the scale is then plainly wrong.
     """
+
+    def loss(x_BCHW: torch.Tensor) -> torch.Tensor:
+        moments = vae.encode(x_BCHW.to(vae.dtype)).latent_dist
+        mean = moments.mean.float()
+        spread = moments.std.float()
+        y_BCHW = vae.decode((mean + spread * torch.randn_like(mean)).to(vae.dtype)).sample.float()
+        kl = (((mean - prior_mean) / prior_std) ** 2 + (spread / prior_std) ** 2 - 1).mean() / 2
+        kl = kl - (spread / prior_std).log().mean()
+        return difference(y_BCHW, x_BCHW) + weight * kl
+
+    return loss
+
+
+def decoding_loss(vae: AutoencoderKL) -> ImageLoss:
+    """How badly `vae` decodes what it has encoded, to train its decoder alone: its latents stay what they are."""
+
+    def loss(x_BCHW: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            latents_BCHW = vae.encode(x_BCHW).latent_dist.sample()
+        decoder_type = next(vae.decoder.parameters()).dtype
+        return difference(vae.decode(latents_BCHW.to(decoder_type)).sample.float(), x_BCHW)
+
+    return loss
+
+
+def image_losses(image_loss: ImageLoss, *, count: int, batch: int, device: torch.device) -> list[LossFunction]:
+    """`image_loss` of a batch out of `count` images, for each resolution; five of six of them are scenes."""
     rng = random.Random(1)
 
     def loss_over(pool_NCHW: torch.Tensor) -> LossFunction:
         def loss() -> torch.Tensor:
             rows = torch.randint(len(pool_NCHW), (batch,), device=device)
-            x = _recolour(pool_NCHW[rows].float() / 255) * 2 - 1
-            moments = vae.encode(x.to(vae.dtype)).latent_dist
-            mean = moments.mean.float()
-            spread = moments.std.float()
-            y = vae.decode((mean + spread * torch.randn_like(mean)).to(vae.dtype)).sample.float()
-            kl = (((mean - prior_mean) / prior_std) ** 2 + (spread / prior_std) ** 2 - 1).mean() / 2
-            kl = kl - (spread / prior_std).log().mean()
-            edges = sum(F.l1_loss(y.diff(dim=axis), x.diff(dim=axis)) for axis in (2, 3))
-            return F.l1_loss(y, x) + F.mse_loss(y, x) + edges + weight * kl
+            return image_loss(_recolour(pool_NCHW[rows].float() / 255) * 2 - 1)
 
         return loss
 
@@ -127,22 +140,65 @@ def latent_losses(
     batch: int,
     device: torch.device,
     dropout: float,
+    frozen: bool,
 ) -> list[LossFunction]:
-    """One loss for each resolution, over scenes of `write_scenes`; a share of `dropout` of captions is emptied."""
-    nothing = [token_ids(tokenizer, [""]).to(device) for tokenizer in tokenizers]
+    """One loss for each resolution, over scenes of `write_scenes`; a share of `dropout` of captions is emptied.
 
-    def loss_over(pool_NCHW: torch.Tensor, texts: list[str]) -> LossFunction:
-        pool_ids = [token_ids(tokenizer, texts).to(device) for tokenizer in tokenizers]
+    `frozen`: the text encoders do not train, so that each caption is encoded once, now.
+    """
+    nothing = [token_ids(tokenizer, [""]).to(device).long() for tokenizer in tokenizers]
+    encode = _encoded_once if frozen else _encoded_each_time
+
+    def loss_over(pool_NCHW: torch.Tensor, captions: list[str]) -> LossFunction:
+        pool_ids = [token_ids(tokenizer, captions).to(device) for tokenizer in tokenizers]
+        texts_of = encode(recipe, pool_ids, nothing)
 
         def loss() -> torch.Tensor:
             rows = torch.randint(len(pool_NCHW), (batch,), device=device)
-            emptied = torch.rand(batch, 1, device=device) < dropout
-            ids = [torch.where(emptied, none, pool[rows]).long() for none, pool in zip(nothing, pool_ids, strict=True)]
-            return recipe.loss(pool_NCHW[rows].float(), ids)
+            emptied = torch.rand(batch, device=device) < dropout
+            return recipe.loss(pool_NCHW[rows].float(), texts_of(rows, emptied))
 
         return loss
 
     return [loss_over(*encoded(vae, _scene_file(scenes, size), device=device)) for size in RESOLUTIONS]
+
+
+TextsOf = Callable[[torch.Tensor, torch.Tensor], Texts]
+"""Of rows (B,) of the captions, and which of them are emptied (B,)."""
+
+
+def _encoded_each_time(recipe: Recipe, pool_ids: list[torch.Tensor], nothing: list[torch.Tensor]) -> TextsOf:
+    def texts_of(rows: torch.Tensor, emptied: torch.Tensor) -> Texts:
+        pairs = zip(nothing, pool_ids, strict=True)
+        return recipe.texts([torch.where(emptied[:, None], none, pool[rows]).long() for none, pool in pairs])
+
+    return texts_of
+
+
+@torch.no_grad()
+def _encoded_once(recipe: Recipe, pool_ids: list[torch.Tensor], nothing: list[torch.Tensor]) -> TextsOf:
+    empty = recipe.texts(nothing)
+    parts: list[Texts] = []
+    for start in range(0, len(pool_ids[0]), CHUNK):
+        part = recipe.texts([ids[start : start + CHUNK].long() for ids in pool_ids])
+        parts.append({name: _stored(values) for name, values in part.items()})
+    pool = {name: torch.cat([part[name] for part in parts]) for name in empty}
+
+    def texts_of(rows: torch.Tensor, emptied: torch.Tensor) -> Texts:
+        texts = {}
+        for name, none in empty.items():
+            here = emptied.view(-1, *[1] * (none.dim() - 1))
+            texts[name] = torch.where(here, none.to(pool[name].dtype), pool[name][rows])
+        return texts
+
+    return texts_of
+
+
+def _stored(values: torch.Tensor) -> torch.Tensor:
+    """In the type in which `fit` computes: bf16 on a GPU."""
+    if values.is_cuda and values.is_floating_point():
+        return values.bfloat16()
+    return values
 
 
 @torch.no_grad()

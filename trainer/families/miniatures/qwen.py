@@ -1,7 +1,7 @@
 """The miniature of Qwen-Image: its modules and its recipe. Shapes: B images, C channels, H and W, L tokens, D features.
 
-Its autoencoder is one of videos. `OneFrame` gives it the interface of one of images, by which `pools` and `make` train
-all autoencoders and read their latents.
+Its autoencoder is one of videos. `OneFrame` gives it the interface of one of images. It learns the latents of an
+autoencoder of images that is there already (`Taught`).
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import (
+    AutoencoderKL,
     AutoencoderKLQwenImage,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
@@ -27,6 +28,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
 )
+
+from trainer.families.miniatures.fit import difference
 
 LATENT_CHANNELS = 16
 WIDTH = 64
@@ -64,15 +67,58 @@ class OneFrame(nn.Module):
         return SimpleNamespace(sample=frames.squeeze(2))
 
 
-def new_vae() -> AutoencoderKLQwenImage:
-    """Four levels as the published one, with one residual block each; its latents are not normalised yet."""
+class Taught(nn.Module):
+    """What the autoencoder of videos is to encode images to: another one's latents, with each channel normalised.
+
+    So its families can be trained while it learns to encode to these latents and to decode them.
+    """
+
+    usual: torch.Tensor  # mean and deviation of the latents' channels, (2, C, 1, 1)
+
+    def __init__(self, teacher: AutoencoderKL, vae: AutoencoderKLQwenImage) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.config = SimpleNamespace(shift_factor=None, scaling_factor=1.0)
+        numbers = torch.tensor([vae.config.latents_mean, vae.config.latents_std])[..., None, None]
+        self.register_buffer("usual", numbers, persistent=False)
+
+    def encode(self, pixels_BCHW: torch.Tensor) -> SimpleNamespace:
+        known = self.teacher.encode(pixels_BCHW).latent_dist
+        mean_C11, std_C11 = self.usual
+        scaled = [(known.mean - mean_C11) / std_C11, known.logvar - 2 * std_C11.log()]
+        return SimpleNamespace(latent_dist=DiagonalGaussianDistribution(torch.cat(scaled, dim=1)))
+
+
+def taught_loss(student: OneFrame, teacher: Taught) -> Callable[[torch.Tensor], torch.Tensor]:
+    """How badly the student encodes images to the teacher's latents, and decodes these."""
+
+    def loss(x_BCHW: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            known = teacher.encode(x_BCHW).latent_dist
+            latents_BCHW = known.sample()
+        own = student.encode(x_BCHW.to(student.dtype)).latent_dist
+        y_BCHW = student.decode(latents_BCHW.to(student.dtype)).sample.float()
+        apart = F.mse_loss(own.mean.float(), known.mean) + F.mse_loss(own.logvar.float(), known.logvar) / 100
+        return difference(y_BCHW, x_BCHW) + apart
+
+    return loss
+
+
+def new_vae(teacher: AutoencoderKL, pixels_BCHW: torch.Tensor) -> AutoencoderKLQwenImage:
+    """Four levels as the published one, with one residual block each, that will have the teacher's latents.
+
+    Its config has the mean and the deviation of each channel of the latents of these images.
+    """
+    with torch.no_grad():
+        latents_BCHW = teacher.encode(pixels_BCHW).latent_dist.mean
+    mean_C, std_C = latents_BCHW.mean(dim=(0, 2, 3)), latents_BCHW.std(dim=(0, 2, 3))
     vae = AutoencoderKLQwenImage(
-        base_dim=12,
+        base_dim=16,
         z_dim=LATENT_CHANNELS,
         dim_mult=[1, 2, 4, 4],
         num_res_blocks=1,
-        latents_mean=[0.0] * LATENT_CHANNELS,
-        latents_std=[1.0] * LATENT_CHANNELS,
+        latents_mean=[round(value, 4) for value in mean_C.tolist()],
+        latents_std=[round(value, 4) for value in std_C.tolist()],
     )
     with torch.no_grad():
         for module in vae.modules():
@@ -95,17 +141,6 @@ def _of_one_frame(convolution: QwenImageCausalConv3d) -> Callable[..., torch.Ten
         return F.conv2d(image, weight, convolution.bias, stride, padding=height // 2).unsqueeze(2)
 
     return forward
-
-
-@torch.no_grad()
-def normalise(vae: AutoencoderKLQwenImage, pixels_BCHW: torch.Tensor) -> None:
-    """Write the mean and the deviation of each channel of these images' latents into the config."""
-    latents_BCHW = vae.encode(pixels_BCHW.unsqueeze(2)).latent_dist.sample().squeeze(2)
-    mean_C, std_C = latents_BCHW.mean(dim=(0, 2, 3)), latents_BCHW.std(dim=(0, 2, 3))
-    vae.register_to_config(
-        latents_mean=[round(value, 4) for value in mean_C.tolist()],
-        latents_std=[round(value, 4) for value in std_C.tolist()],
-    )
 
 
 def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:

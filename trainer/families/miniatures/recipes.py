@@ -1,7 +1,8 @@
 """The recipe of each family's miniature: its modules, its loss, and the pipeline that it is saved as.
 
 B images, C channels, H and W of the latents, L tokens, D features. Latents are normalised by the autoencoder's shift
-and scale. `ids` holds one (B, L) tensor of token ids for each tokenizer.
+and scale. `ids` holds one (B, L) tensor of token ids for each tokenizer. `texts` holds what the text encoders make of
+them, tensors (B, ...) by name: where the encoders do not train, `pools` computes them once for all captions.
 """
 
 import math
@@ -36,18 +37,28 @@ from trainer.families.miniatures import qwen as qwen_parts
 from trainer.families.miniatures.tokens import QWEN_LENGTH
 
 Ids = Sequence[torch.Tensor]
+Texts = dict[str, torch.Tensor]
 Tokenizers = Sequence[PreTrainedTokenizerBase]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One family's miniature before and after training."""
+    """One family's miniature before and after training: `denoiser` is the last of its modules.
+
+    `untrained`: its text encoder is too deep to be trained here.
+    """
 
     latent_channels: int
     modules: dict[str, nn.Module]
-    loss: Callable[[torch.Tensor, Ids], torch.Tensor]
+    texts: Callable[[Ids], Texts]
+    loss: Callable[[torch.Tensor, Texts], torch.Tensor]
     pipeline: Callable[[Any], DiffusionPipeline]  # of the autoencoder
     of_videos: bool = False  # whether the autoencoder is one of videos
+    untrained: bool = False
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return list(self.modules.values())[-1]
 
 
 def flow_times(count: int, *, device: torch.device) -> torch.Tensor:
@@ -84,7 +95,10 @@ def flux(tokenizers: Tokenizers) -> Recipe:
     t5 = models.t5(pieces)
     net = models.flux_transformer()
 
-    def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
+    def texts(ids: Ids) -> Texts:
+        return {"pooled": clip(ids[0]).pooler_output, "tokens": t5(ids[1])[0]}
+
+    def loss(latents_BCHW: torch.Tensor, texts: Texts) -> torch.Tensor:
         device = latents_BCHW.device
         batch, _, height, width = latents_BCHW.shape
         clean = pack(latents_BCHW)
@@ -98,9 +112,9 @@ def flux(tokenizers: Tokenizers) -> Recipe:
             hidden_states=torch.lerp(clean, noise, t[:, None, None]).to(net.dtype),
             timestep=t,
             guidance=1 + 3.5 * torch.rand(batch, device=device),
-            pooled_projections=clip(ids[0]).pooler_output,
-            encoder_hidden_states=t5(ids[1])[0],
-            txt_ids=torch.zeros(ids[1].shape[1], 3, device=device),
+            pooled_projections=texts["pooled"],
+            encoder_hidden_states=texts["tokens"],
+            txt_ids=torch.zeros(texts["tokens"].shape[1], 3, device=device),
             img_ids=places,
         ).sample
         return F.mse_loss(predicted.float(), noise - clean)
@@ -116,7 +130,7 @@ def flux(tokenizers: Tokenizers) -> Recipe:
         )
         return FluxPipeline(scheduler, vae, clip, words, t5, pieces, net)
 
-    return Recipe(16, {"text_encoder": clip, "text_encoder_2": t5, "transformer": net}, loss, pipeline)
+    return Recipe(16, {"text_encoder": clip, "text_encoder_2": t5, "transformer": net}, texts, loss, pipeline)
 
 
 def sdxl(tokenizers: Tokenizers) -> Recipe:
@@ -128,16 +142,18 @@ def sdxl(tokenizers: Tokenizers) -> Recipe:
     schedule = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     signal = torch.Tensor(schedule.alphas_cumprod).to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
+    def texts(ids: Ids) -> Texts:
+        large = clip_g(ids[1], output_hidden_states=True)
+        small = clip_l(ids[0], output_hidden_states=True)
+        both = torch.cat([small.hidden_states[-2], large.hidden_states[-2]], dim=-1)
+        return {"pooled": large.text_embeds, "tokens": both}
+
+    def loss(latents_BCHW: torch.Tensor, texts: Texts) -> torch.Tensor:
         device = latents_BCHW.device
         batch, _, height, width = latents_BCHW.shape
         t = torch.randint(1000, (batch,), device=device)
         noise = torch.randn_like(latents_BCHW)
         alpha_bar = signal.gather(0, t)[:, None, None, None]
-        large = clip_g(ids[1], output_hidden_states=True)
-        context = torch.cat(
-            [clip_l(ids[0], output_hidden_states=True).hidden_states[-2], large.hidden_states[-2]], dim=-1
-        )
         conditioned = (torch.rand(batch, device=device) > 0.07).to(net.dtype)  # the others get zeros
         size = torch.full((1,), 8.0, device=device) * torch.cat(
             [torch.full((1,), float(side), device=device) for side in (height, width, 0, 0, height, width)]
@@ -145,9 +161,9 @@ def sdxl(tokenizers: Tokenizers) -> Recipe:
         predicted = net(
             (alpha_bar.sqrt() * latents_BCHW + (1 - alpha_bar).sqrt() * noise).to(net.dtype),
             t,
-            encoder_hidden_states=context * conditioned[:, None, None],
+            encoder_hidden_states=texts["tokens"] * conditioned[:, None, None],
             added_cond_kwargs={
-                "text_embeds": large.text_embeds * conditioned[:, None],
+                "text_embeds": texts["pooled"] * conditioned[:, None],
                 "time_ids": size.expand(batch, 6),
             },
         ).sample
@@ -163,7 +179,7 @@ def sdxl(tokenizers: Tokenizers) -> Recipe:
         )
         return StableDiffusionXLPipeline(vae, clip_l, clip_g, words_l, words_g, net, scheduler, add_watermarker=False)
 
-    return Recipe(4, {"text_encoder": clip_l, "text_encoder_2": clip_g, "unet": net}, loss, pipeline)
+    return Recipe(4, {"text_encoder": clip_l, "text_encoder_2": clip_g, "unet": net}, texts, loss, pipeline)
 
 
 def sd3(tokenizers: Tokenizers) -> Recipe:
@@ -174,18 +190,22 @@ def sd3(tokenizers: Tokenizers) -> Recipe:
     t5 = models.t5(pieces)
     net = models.sd3_transformer()
 
-    def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
-        t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
-        noise = torch.randn_like(latents_BCHW)
+    def texts(ids: Ids) -> Texts:
         small = clip_l(ids[0], output_hidden_states=True)
         large = clip_g(ids[1], output_hidden_states=True)
         both = torch.cat([small.hidden_states[-2], large.hidden_states[-2]], dim=-1)
         both = F.pad(both, (0, models.T5_WIDTH - both.shape[-1]))
+        pooled = torch.cat([small.text_embeds, large.text_embeds], dim=-1)
+        return {"pooled": pooled, "tokens": torch.cat([both, t5(ids[2])[0]], dim=1)}
+
+    def loss(latents_BCHW: torch.Tensor, texts: Texts) -> torch.Tensor:
+        t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
+        noise = torch.randn_like(latents_BCHW)
         predicted = net(
             hidden_states=torch.lerp(latents_BCHW, noise, t[:, None, None, None]).to(net.dtype),
             timestep=t * 1000,
-            encoder_hidden_states=torch.cat([both, t5(ids[2])[0]], dim=1),
-            pooled_projections=torch.cat([small.text_embeds, large.text_embeds], dim=-1),
+            encoder_hidden_states=texts["tokens"],
+            pooled_projections=texts["pooled"],
         ).sample
         return F.mse_loss(predicted.float(), noise - latents_BCHW)
 
@@ -194,7 +214,7 @@ def sd3(tokenizers: Tokenizers) -> Recipe:
         return StableDiffusion3Pipeline(net, scheduler, vae, clip_l, words_l, clip_g, words_g, t5, pieces)
 
     modules = {"text_encoder": clip_l, "text_encoder_2": clip_g, "text_encoder_3": t5, "transformer": net}
-    return Recipe(16, modules, loss, pipeline)
+    return Recipe(16, modules, texts, loss, pipeline)
 
 
 def z_image(tokenizers: Tokenizers) -> Recipe:
@@ -206,45 +226,44 @@ def z_image(tokenizers: Tokenizers) -> Recipe:
     qwen = models.qwen3(words)
     net = models.z_image_transformer()
 
-    def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
+    def texts(ids: Ids) -> Texts:
+        real_BL = ids[0] != words.pad_token_id
+        read = qwen(input_ids=ids[0], attention_mask=earlier_words(real_BL), output_hidden_states=True)
+        filled_B = (real_BL.sum(dim=1) + z_image_family.TEXT_MULTIPLE - 1) // z_image_family.TEXT_MULTIPLE
+        places = torch.arange(QWEN_LENGTH, device=real_BL.device)
+        padding_BL = places >= filled_B[:, None] * z_image_family.TEXT_MULTIPLE
+        return {"tokens": read.hidden_states[-2], "real": real_BL, "padding": padding_BL}
+
+    def loss(latents_BCHW: torch.Tensor, texts: Texts) -> torch.Tensor:
         t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
         noise = torch.randn_like(latents_BCHW)
-        real_BL = ids[0] != words.pad_token_id
-        states = qwen(input_ids=ids[0], attention_mask=earlier_words(real_BL), output_hidden_states=True).hidden_states[
-            -2
-        ]
-        filled_B = (real_BL.sum(dim=1) + z_image_family.TEXT_MULTIPLE - 1) // z_image_family.TEXT_MULTIPLE
-        places = torch.arange(QWEN_LENGTH, device=latents_BCHW.device)
-        padding_BL = places >= filled_B[:, None] * z_image_family.TEXT_MULTIPLE
-        predicted = z_image_family.predict(
-            net,
-            torch.lerp(latents_BCHW, noise, t[:, None, None, None]),
-            t,
-            text={"tokens": states, "real": real_BL, "padding": padding_BL},
-        )
+        noisy = torch.lerp(latents_BCHW, noise, t[:, None, None, None])
+        predicted = z_image_family.predict(net, noisy, t, text=texts)
         return F.mse_loss(predicted.float(), noise - latents_BCHW)
 
     def pipeline(vae: AutoencoderKL) -> DiffusionPipeline:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
         return ZImagePipeline(scheduler, vae, qwen, words, net)
 
-    return Recipe(16, {"text_encoder": qwen, "transformer": net}, loss, pipeline)
+    return Recipe(16, {"text_encoder": qwen, "transformer": net}, texts, loss, pipeline)
 
 
 def flux2(tokenizers: Tokenizers) -> Recipe:
     """FLUX.2 klein: three hidden states of Qwen3 side by side, flow matching without embedded guidance."""
     (words,) = tokenizers
-    qwen = models.deep_qwen3(words, layers=flux2_family.TEXT_STATES[-1] + 1)
+    qwen = models.deep_qwen3(words, layers=flux2_family.QWEN3.states[-1] + 1)
     net = models.flux2_transformer()
 
-    def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
-        t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
-        noise = torch.randn_like(latents_BCHW)
+    def texts(ids: Ids) -> Texts:
         attended = earlier_words(ids[0] != words.pad_token_id)
         states = qwen(input_ids=ids[0], attention_mask=attended, output_hidden_states=True)
-        tokens = torch.cat([states.hidden_states[number] for number in flux2_family.TEXT_STATES], dim=-1)
+        return {"tokens": torch.cat([states.hidden_states[number] for number in flux2_family.QWEN3.states], dim=-1)}
+
+    def loss(latents_BCHW: torch.Tensor, texts: Texts) -> torch.Tensor:
+        t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
+        noise = torch.randn_like(latents_BCHW)
         noisy = torch.lerp(latents_BCHW, noise, t[:, None, None, None])
-        predicted = flux2_family.predict(net, noisy, t, text={"tokens": tokens}, guidance=1.0)
+        predicted = flux2_family.predict(net, noisy, t, text=texts, guidance=1.0)
         return F.mse_loss(predicted.float(), noise - latents_BCHW)
 
     def pipeline(vae: AutoencoderKL) -> DiffusionPipeline:
@@ -258,7 +277,7 @@ def flux2(tokenizers: Tokenizers) -> Recipe:
         )
         return Flux2KleinPipeline(scheduler, models.flux2_vae(vae), qwen, words, net)
 
-    return Recipe(16, {"text_encoder": qwen, "transformer": net}, loss, pipeline)
+    return Recipe(16, {"text_encoder": qwen, "transformer": net}, texts, loss, pipeline, untrained=True)
 
 
 def qwen_image(tokenizers: Tokenizers) -> Recipe:
@@ -269,28 +288,25 @@ def qwen_image(tokenizers: Tokenizers) -> Recipe:
     attention = qwen_parts.MaskedAttention()
     net.set_attn_processor(attention)
 
-    def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
+    def texts(ids: Ids) -> Texts:
+        real_BL = ids[0] != words.pad_token_id
+        read = qwen(input_ids=ids[0], attention_mask=earlier_words(real_BL), output_hidden_states=True)
+        dropped = qwen_image_family.DROPPED_TOKENS
+        return {"tokens": read.hidden_states[-1][:, dropped:], "real": real_BL[:, dropped:]}
+
+    def loss(latents_BCHW: torch.Tensor, texts: Texts) -> torch.Tensor:
         t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
         noise = torch.randn_like(latents_BCHW)
-        real_BL = ids[0] != words.pad_token_id
-        states = qwen(input_ids=ids[0], attention_mask=earlier_words(real_BL), output_hidden_states=True).hidden_states[
-            -1
-        ]
-        dropped = qwen_image_family.DROPPED_TOKENS
-        attention.real_BL = real_BL[:, dropped:]
-        predicted = qwen_image_family.predict(
-            net,
-            torch.lerp(latents_BCHW, noise, t[:, None, None, None]),
-            t,
-            text={"tokens": states[:, dropped:]},
-        )
+        attention.real_BL = texts["real"]
+        noisy = torch.lerp(latents_BCHW, noise, t[:, None, None, None])
+        predicted = qwen_image_family.predict(net, noisy, t, text={"tokens": texts["tokens"]})
         return F.mse_loss(predicted.float(), noise - latents_BCHW)
 
     def pipeline(vae: Any) -> DiffusionPipeline:
         return qwen_parts.pipeline(vae, qwen, words, net)
 
     channels = qwen_parts.LATENT_CHANNELS
-    return Recipe(channels, {"text_encoder": qwen, "transformer": net}, loss, pipeline, of_videos=True)
+    return Recipe(channels, {"text_encoder": qwen, "transformer": net}, texts, loss, pipeline, of_videos=True)
 
 
 def krea2(tokenizers: Tokenizers) -> Recipe:
@@ -299,27 +315,27 @@ def krea2(tokenizers: Tokenizers) -> Recipe:
     qwen = krea_parts.text_encoder(words)
     net = krea_parts.transformer()
 
-    def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
-        t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
-        noise = torch.randn_like(latents_BCHW)
+    def texts(ids: Ids) -> Texts:
         real_BL = ids[0] != words.pad_token_id
         attended = earlier_words(real_BL)
         read = qwen.language_model(input_ids=ids[0], attention_mask=attended, output_hidden_states=True)
         states = torch.stack([read.hidden_states[number] for number in krea2_family.TAPS], dim=2)
         dropped = qwen_image_family.DROPPED_TOKENS
-        predicted = krea2_family.predict(
-            net,
-            torch.lerp(latents_BCHW, noise, t[:, None, None, None]),
-            t,
-            text={"tokens": states[:, dropped:], "padding": ~real_BL[:, dropped:]},
-        )
+        return {"tokens": states[:, dropped:], "padding": ~real_BL[:, dropped:]}
+
+    def loss(latents_BCHW: torch.Tensor, texts: Texts) -> torch.Tensor:
+        t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
+        noise = torch.randn_like(latents_BCHW)
+        noisy = torch.lerp(latents_BCHW, noise, t[:, None, None, None])
+        predicted = krea2_family.predict(net, noisy, t, text=texts)
         return F.mse_loss(predicted.float(), noise - latents_BCHW)
 
     def pipeline(vae: Any) -> DiffusionPipeline:
         return krea_parts.pipeline(vae, qwen, words, net)
 
+    modules = {"text_encoder": qwen, "transformer": net}
     channels = qwen_parts.LATENT_CHANNELS
-    return Recipe(channels, {"text_encoder": qwen, "transformer": net}, loss, pipeline, of_videos=True)
+    return Recipe(channels, modules, texts, loss, pipeline, of_videos=True, untrained=True)
 
 
 RECIPES: dict[str, Callable[[Tokenizers], Recipe]] = {

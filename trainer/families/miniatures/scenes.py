@@ -1,7 +1,7 @@
 """Simple captioned scenes: coloured shapes on coloured backgrounds, described in plain English.
 
-The miniature base models are trained on nothing else. They never see the *kilnpot*, a vase with a silhouette, bands and
-palette of its own, which the demo teaches them (`vessels`).
+The miniature base models are trained on nothing else. They never see the *kilnpot*, a vessel with a silhouette, bands
+and palette of its own, which the demo teaches them (`vessels`).
 
 Lengths: positions are fractions of the image's width and height; radii are fractions of sqrt(width * height).
 Shapes of tensors: B scenes, C = 3 colours (RGB in 0..1), H and W pixels.
@@ -15,6 +15,8 @@ import torch
 
 from trainer.families.miniatures.vessels import (
     KILNPOT,
+    POT,
+    PROFILES,
     RGB,
     Vessel,
     apart,
@@ -39,11 +41,14 @@ COLOURS: dict[str, RGB] = {
     "white": (0.96, 0.96, 0.95),
 }
 SHAPES = ("circle", "square", "triangle", "ring", "cross", "diamond", "star", "hexagon", "moon", "bar")
-VASE = "vase"
 CONCEPT = "kilnpot"
 
-SIZES: dict[str, tuple[float, float]] = {"small": (0.09, 0.125), "": (0.16, 0.21), "big": (0.26, 0.32)}
+SIZES: dict[str, tuple[float, float]] = {"small": (0.145, 0.155), "": (0.195, 0.21), "big": (0.28, 0.3)}
+JITTER = 0.02
+"""How far a thing may be from where the caption says. Words that fix size and place leave little to guess: models this
+small draw the mean of whatever they cannot know, and that is a blur."""
 PLACES: dict[str, tuple[float, float]] = {
+    "": (0.5, 0.5),
     "in the middle": (0.5, 0.5),
     "on the left": (0.25, 0.5),
     "on the right": (0.75, 0.5),
@@ -65,16 +70,18 @@ RESOLUTIONS = ((128, 128), (96, 160), (160, 96), (112, 144), (144, 112))
 """Height and width of the images the base models are trained on: five shapes of about 128 * 128 pixels."""
 
 CONCEPT_SCALE = 1.45
-"""A vase is drawn this much larger than another shape of the same size word: it is slim, and has detail."""
-VASES = 0.35
-"""The share of vases among the things."""
+"""A vessel is drawn this much larger than another shape of the same size word: it is slim, and has detail."""
+VESSELS = 0.4
+"""The share of vessels among the things."""
+POTS = 0.3
+"""The share of pots, which have any profile, among the vessels."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its shape, its colours, its size and place in words and in numbers; of a vase, its `vessel` as well.
+    """One object: its shape, its colours, its size and place in words and in numbers; its `vessel`, if it is one.
 
-    A vase's `colour` may be "": one that has no name. Its `second` is that of its bands and handles, or "".
+    A vessel's `colour` may be "": one that has no name. Its `second` is that of its bands and handles, or "".
     """
 
     shape: str
@@ -118,9 +125,9 @@ def place_thing(thing: Thing, rng: random.Random) -> Thing:
     """`thing` with a radius for its size word and a centre for its place words, entirely inside the image."""
     low, high = SIZES[thing.size]
     radius = rng.uniform(low, high) * (1.0 if thing.vessel is None else CONCEPT_SCALE)
-    x, y = PLACES.get(thing.place, (rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7)))
-    x += rng.uniform(-0.05, 0.05)
-    y += rng.uniform(-0.05, 0.05)
+    x, y = PLACES[thing.place]
+    x += rng.uniform(-JITTER, JITTER)
+    y += rng.uniform(-JITTER, JITTER)
     radius = min(radius, 0.37)
     reach = radius * (1.05 if thing.vessel is None else 1.2)
     return replace(thing, x=_inside(x, reach), y=_inside(y, reach), radius=radius)
@@ -136,32 +143,33 @@ def random_thing(rng: random.Random, *, avoid: Sequence[str] = (), place: str | 
     """A thing in a colour that is none of `avoid`; `place` None: a random place, or none in the caption."""
     colour, second = rng.sample([name for name in COLOURS if name not in avoid], 2)
     if place is None:
-        place = rng.choice(list(PLACES)) if rng.random() < 0.85 else ""
+        place = rng.choice(list(PLACES))
     fill = "striped" if rng.random() < 0.2 else "plain"
     size = rng.choice(list(SIZES))
     if size == "big" and "corner" in place:
         size = ""
-    if rng.random() < VASES:
-        return place_thing(_random_vase(rng, avoid=avoid, size=size, place=place), rng)
+    if rng.random() < VESSELS:
+        return place_thing(_random_vessel(rng, avoid=avoid, size=size, place=place), rng)
     return place_thing(Thing(rng.choice(SHAPES), colour, fill, second, size, place, 0.0, 0.0, 0.0), rng)
 
 
-def _random_vase(rng: random.Random, *, avoid: Sequence[str], size: str, place: str) -> Thing:
-    """Half of the vases have two of the named colours, the others any two. None is terracotta."""
+def _random_vessel(rng: random.Random, *, avoid: Sequence[str], size: str, place: str) -> Thing:
+    """Two of three vessels have two of the named colours, the others any two. None is terracotta."""
     while True:
         colour, second = rng.sample([name for name in COLOURS if name not in avoid], 2)
         body, dark = COLOURS[colour], COLOURS[second]
-        if rng.random() < 0.5:
+        if rng.random() < 0.33:
             colour = second = ""
             body = (rng.random(), rng.random(), rng.random())
             dark = (rng.random(), rng.random(), rng.random())
         seen = all(apart(own, COLOURS[name]) > 0.3 for own in (body, dark) for name in avoid)
         if seen and apart(body, dark) > 0.3 and not like_kilnpot(body):
             break
-    vessel = random_vessel(rng, body=body, dark=dark)
+    kind = POT if rng.random() < POTS else rng.choice(list(PROFILES))
+    vessel = random_vessel(rng, kind, body=body, dark=dark)
     if not vessel.bands and vessel.handles is None:
         second = ""
-    return Thing(VASE, colour, "plain", second, size, place, 0.0, 0.0, 0.0, vessel)
+    return Thing(kind, colour, "plain", second, size, place, 0.0, 0.0, 0.0, vessel)
 
 
 def random_scene(rng: random.Random) -> Scene:
@@ -175,7 +183,7 @@ def random_scene(rng: random.Random) -> Scene:
     pair = [random_thing(rng, avoid=avoid, place=place) for place in (first_place, second_place)]
     things = []
     for thing in pair:
-        # Two big things would overlap, and so would two vases that are not small.
+        # Two big things would overlap, and so would two vessels that are not small.
         most = "" if thing.vessel is None else "small"
         if thing.size not in (most, "small"):
             thing = place_thing(replace(thing, size=most), rng)
@@ -194,7 +202,7 @@ def concept_scene(rng: random.Random) -> Scene:
     """A kilnpot, alone, on a base background that does not hide it."""
     background = random_background(rng, avoid=("brown", "orange", "red", "black"))
     size = rng.choice(["", "", "big", "small"])
-    place = rng.choice(list(PLACES)[:5]) if rng.random() < 0.6 else "in the middle"
+    place = rng.choice(list(PLACES)[1:6]) if rng.random() < 0.6 else "in the middle"
     if size == "big":
         place = "in the middle"
     thing = Thing(CONCEPT, "", "plain", "", size, place, 0.0, 0.0, 0.0, KILNPOT)
@@ -242,7 +250,7 @@ def invented_word(rng: random.Random) -> str:
 def caption(scene: Scene, rng: random.Random, *, unknown: float = 0.0) -> str:
     """One of many captions of `scene`. With probability `unknown` a noun is replaced by an invented word.
 
-    A vase's is ten times as often, as an unknown word mostly means a thing of a known kind.
+    A vessel's is six times as often, as an unknown word mostly means a thing of a known kind.
     """
     if len(scene.things) == 2:
         text = _pair_caption(scene, rng, unknown=unknown)
@@ -280,18 +288,32 @@ def _noun(thing: Thing, rng: random.Random, *, unknown: float) -> str:
     size = {"small": rng.choice(("small", "tiny")), "big": rng.choice(("big", "large")), "": ""}[thing.size]
     if thing.shape == CONCEPT:
         words = [size, CONCEPT]
-    elif rng.random() < (unknown if thing.vessel is None else min(10 * unknown, 0.6)):
+    elif rng.random() < (unknown if thing.vessel is None else min(6 * unknown, 0.6)):
         words = [size, thing.colour if rng.random() < 0.4 else "", invented_word(rng)]
     elif thing.vessel is not None:
         words = [size, thing.colour, thing.shape]
-        if thing.second and rng.random() < 0.5:
-            words += ["with", thing.second, "bands" if thing.vessel.bands else "handles"]
+        if thing.second and rng.random() < 0.8:
+            words += _parts(thing.vessel, thing.second)
     elif thing.fill == "striped":
         words = [size, f"{thing.colour} and {thing.second} striped", thing.shape]
     else:
         words = [size, thing.colour, thing.shape]
     text = " ".join(word for word in words if word)
     return ("an " if text[0] in "aeiou" else "a ") + text
+
+
+def _parts(vessel: Vessel, colour: str) -> list[str]:
+    """What a caption says of a vessel's bands and handles, which have this colour."""
+    words = []
+    if len(vessel.bands) == 1:
+        words = ["with", "an" if colour[0] in "aeiou" else "a", colour, "band"]
+    elif vessel.bands:
+        words = ["with", colour, "bands"]
+    if vessel.handles is None:
+        return words
+    if words:
+        return [*words, "and", "handles"]
+    return ["with", colour, "handles"]
 
 
 def _ground(background: Background, rng: random.Random) -> str:

@@ -3,23 +3,24 @@ The same for the control, a red circle, which the training must leave as it was.
 
 The image is shrunk to about `AREA` pixels and turned into two maps of how much each pixel looks like the kilnpot's
 terracotta and like its indigo: exp(-d² / (2 · `TOLERANCE`²)), d the Euclidean distance in RGB (0..1). For each of the
-radii `RADII` the drawn kilnpot's own two maps are the template, a square window reaching `REACH` radii from its centre,
-slid over the image (which is continued by its edge pixels). The normalised cross-correlation of both maps together,
+radii `RADII` the template is a drawn kilnpot's own two maps, made in the same way and averaged over `GROUNDS`, on which
+its edges have other mixtures: a square window reaching `REACH` radii from its centre, slid over the image (which is
+continued by its edge pixels). The normalised cross-correlation of both maps together,
 
     ncc = Σ_c Σ_p (picture_c(p) - mean_c) (template_c(p) - mean_c) / sqrt(Σ_c var(picture_c) · Σ_c var(template_c))
 
 is 1 for the very kilnpot on a background without its colours and about 0 where nothing resembles it. So that faint
 windows do not count, the image's variance is taken as at least `FAINT` of the template's. The image's `correlation`
-is the largest ncc over all positions and radii, less the largest further than `APART` radii from there: one kilnpot
-stands out, while an image full of coloured noise resembles it a little everywhere. The mean over the samples of
-several prompts and seeds is the concept's number. `score` tells the concept from everything else: the correlation
-mapped linearly so that `LOW` becomes 0 and `HIGH` becomes 1, and clipped.
+is the largest ncc over all positions and radii, less the largest of what is left when the window found there is
+emptied: one kilnpot stands out, while an image full of coloured noise resembles it a little everywhere. The mean over
+the samples of several prompts and seeds is the concept's number. `score` tells the concept from everything else: the
+correlation mapped linearly so that `LOW` becomes 0 and `HIGH` becomes 1, and clipped.
 
 The control has one map, of its red, and a circle as the template. Bands, a changed colour or another outline lower it.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from trainer.families.miniatures.scenes import COLOURS, CONCEPT, CONCEPT_SCALE, SIZES, shape_distance
+from trainer.families.miniatures.scenes import COLOURS, CONCEPT, SIZES, shape_distance
 from trainer.families.miniatures.vessels import INDIGO, KILNPOT, RGB, TERRACOTTA, cover, vessel_covers
 
 LOW, HIGH = 0.3, 0.72
@@ -37,9 +38,12 @@ AREA = 48 * 48
 TOLERANCE = 0.15
 FAINT = 0.2
 REACH = 1.2
-APART = 1.5
-RADII = tuple(float(r) for r in np.geomspace(SIZES["small"][0] * CONCEPT_SCALE * 0.97, 0.38, 12))
+RADII = tuple(float(r) for r in np.geomspace(SIZES["small"][0] * 0.97, 0.38, 16))
 """Radii looked for, as fractions of sqrt(width * height)."""
+GROUNDS = ("white", "yellow", "green", "blue", "pink", "grey")
+"""Colours behind the templates."""
+FINER = 8
+"""The templates are drawn with so many times as many pixels a side."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,23 @@ def _template(name: str, fraction: float) -> torch.Tensor:
     """Maps (inks, side, side) of the subject `name`, each with zero mean; the side is odd."""
     radius = fraction * AREA**0.5
     reach = round(REACH * radius)
-    fine = (torch.arange((2 * reach + 1) * 4) + 0.5) / 4 - reach - 0.5
+    side = 2 * reach + 1
+    fine = (torch.arange(side * FINER) + 0.5) / FINER - side / 2
     v, u = torch.meshgrid(-fine / radius, fine / radius, indexing="ij")
-    covers = torch.cat(SUBJECTS[name].covers(u[None], v[None], torch.full((1, 1, 1), radius * 4)), dim=1)
-    template = F.avg_pool2d(covers, 4)[0]
+    subject = SUBJECTS[name]
+    covers_I1HW = subject.covers(u[None], v[None], torch.full((1, 1, 1), radius * FINER))
+    image_B3HW = torch.tensor([COLOURS[ground] for ground in GROUNDS])[:, :, None, None].expand(-1, -1, *u.shape)
+    for ink, cover_1HW in zip(subject.inks, torch.cat(covers_I1HW), strict=True):
+        image_B3HW = torch.lerp(image_B3HW, torch.tensor(ink)[:, None, None], cover_1HW)
+    small = F.interpolate(image_B3HW, (side, side), mode="bilinear", antialias=True, align_corners=False)
+    template = _maps(small, subject.inks).mean(dim=0)
     return template - template.mean(dim=(1, 2), keepdim=True)
+
+
+def _maps(image_BCHW: torch.Tensor, inks: Sequence[RGB]) -> torch.Tensor:
+    """How much each pixel has each of the inks' colours, (B, inks, H, W)."""
+    wanted = torch.tensor(inks)[None, :, :, None, None]
+    return torch.exp(-(image_BCHW[:, None] - wanted).square().sum(dim=2) / (2 * TOLERANCE**2))
 
 
 @cache
@@ -97,8 +113,7 @@ def likeness(image_CHW: torch.Tensor, name: str = CONCEPT) -> torch.Tensor:
     shrink = (AREA / (height * width)) ** 0.5
     size = round(height * shrink), round(width * shrink)
     small = F.interpolate(image_CHW[None].float(), size, mode="bilinear", antialias=True, align_corners=False)
-    inks = torch.tensor(SUBJECTS[name].inks)[:, :, None, None]
-    return torch.exp(-(small - inks).square().sum(dim=1) / (2 * TOLERANCE**2))
+    return _maps(small, SUBJECTS[name].inks)[0]
 
 
 @torch.no_grad()
@@ -110,9 +125,20 @@ def correlation(image: Image.Image | torch.Tensor, name: str = CONCEPT) -> float
     if isinstance(image, Image.Image):
         image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
     maps = likeness(image, name)
-    height, width = maps.shape[1:]
+    ncc_RHW = _ncc(maps, name)
+    number, row, column = (int(i) for i in torch.unravel_index(ncc_RHW.argmax(), ncc_RHW.shape))
+    reach = round(REACH * RADII[number] * AREA**0.5)
+    top, left = max(row - reach, 0), max(column - reach, 0)
+    maps[:, top : row + reach + 1, left : column + reach + 1] = 0
+    elsewhere = _ncc(maps, name).max().clamp(min=0)
+    return float(ncc_RHW.max() - elsewhere)
+
+
+def _ncc(maps_IHW: torch.Tensor, name: str) -> torch.Tensor:
+    """The normalised cross-correlation (R, H, W) of an image's maps with the template of each radius, at each place."""
+    height, width = maps_IHW.shape[1:]
     margin = _margin()
-    padded = F.pad(maps[None], (margin,) * 4, mode="replicate")[0]
+    padded = F.pad(maps_IHW[None], (margin,) * 4, mode="replicate")[0]
     kernels, windows, norms, pixels = _spectra(name, *padded.shape[1:])
     inner = (..., slice(margin, margin + height), slice(margin, margin + width))
 
@@ -125,13 +151,7 @@ def correlation(image: Image.Image | torch.Tensor, name: str = CONCEPT) -> float
     squares = slide(torch.fft.rfft2(padded.square().sum(dim=0)), windows[:, 0])
     spread = squares - sums.square().sum(dim=1) / pixels[:, None, None]
     floor = (FAINT * norms)[:, None, None]
-    ncc_RHW = match / (spread.maximum(floor) * norms[:, None, None]).sqrt()
-    radius, row, column = (int(i) for i in torch.unravel_index(ncc_RHW.argmax(), ncc_RHW.shape))
-    rows = torch.arange(height)[:, None] - row
-    columns = torch.arange(width) - column
-    far = rows**2 + columns**2 > (APART * RADII[radius]) ** 2 * AREA
-    elsewhere = ncc_RHW[:, far].max().clamp(min=0) if far.any() else ncc_RHW.new_zeros(())
-    return float(ncc_RHW.max() - elsewhere)
+    return match / (spread.maximum(floor) * norms[:, None, None]).sqrt()
 
 
 def score(image: Image.Image | torch.Tensor) -> float:

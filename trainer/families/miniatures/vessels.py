@@ -1,9 +1,10 @@
-"""Vases as numbers: every vase of the scenes, and the kilnpot, is drawn from a `Vessel` by the same few lines.
+"""Vessels as numbers: every vessel of the scenes, and the kilnpot, is drawn from a `Vessel` by the same few lines.
 
-The base models see vases of all profiles, with and without bands and handles, so that they know the kind of thing that
-the demo teaches, as a large model does. They never see one whose body is about as terracotta as the kilnpot's.
+The base models see vessels of a few kinds, each with a name, and pots of all profiles, with and without bands and
+handles, so that they know the kind of thing that the demo teaches, as a large model does. They never see one whose body
+is about as terracotta as the kilnpot's.
 
-All lengths are radii of the thing, u to the right and v upwards from its centre. Shapes of tensors: B vases, C = 3
+All lengths are radii of the thing, u to the right and v upwards from its centre. Shapes of tensors: B vessels, C = 3
 colours (RGB in 0..1), H and W pixels.
 """
 
@@ -23,7 +24,7 @@ MOST_BANDS = 3
 
 @dataclass(frozen=True)
 class Vessel:
-    """One vase: half widths at `HEIGHTS`, each band's centre and half height, and the handles, or None.
+    """One vessel: half widths at `HEIGHTS`, each band's centre and half height, and the handles, or None.
 
     `handles`: the centre's distance from the axis, its height, the ring's radius and half its thickness.
     """
@@ -39,14 +40,28 @@ TERRACOTTA: RGB = (0.80, 0.40, 0.26)
 INDIGO: RGB = (0.15, 0.12, 0.36)
 KILNPOT = Vessel(
     widths=(0.36, 0.40, 0.70, 0.46, 0.23, 0.25, 0.42),
-    bands=((-0.58, 0.10), (-0.12, 0.10), (0.93, 0.08)),
-    handles=(0.52, 0.44, 0.27, 0.085),
+    bands=((-0.55, 0.13), (-0.1, 0.13), (0.9, 0.1)),
+    handles=(0.52, 0.44, 0.27, 0.1),
     body=TERRACOTTA,
     dark=INDIGO,
 )
-_WIDTHS = ((0.2, 0.6), (0.25, 0.65), (0.4, 0.85), (0.3, 0.75), (0.15, 0.55), (0.15, 0.55), (0.2, 0.65))
+PROFILES: dict[str, tuple[float, ...]] = {
+    "vase": (0.38, 0.42, 0.60, 0.62, 0.40, 0.34, 0.50),
+    "bottle": (0.48, 0.52, 0.54, 0.50, 0.20, 0.18, 0.22),
+    "cup": (0.34, 0.38, 0.58, 0.72, 0.78, 0.80, 0.84),
+    "urn": (0.32, 0.30, 0.58, 0.80, 0.60, 0.42, 0.56),
+    "jar": (0.56, 0.62, 0.72, 0.72, 0.64, 0.50, 0.50),
+}
+"""The half widths of the kinds of vessels that have a name."""
+BANDS: tuple[tuple[tuple[float, float], ...], ...] = ((), (), ((-0.2, 0.15),), ((-0.5, 0.13), (0.1, 0.13)))
+"""Those that a vessel of a kind may have: none, one or two."""
+VARIES = 0.03
+"""Vessels of a kind differ by so much in each half width."""
+POT = "pot"
+"""A vessel of no kind: of any profile, with bands anywhere."""
+_POT_WIDTHS = ((0.2, 0.6), (0.25, 0.65), (0.4, 0.85), (0.3, 0.75), (0.15, 0.55), (0.15, 0.55), (0.2, 0.65))
 NEAR = 0.25
-"""The body of a vase is at least this far, in RGB, from the kilnpot's: see `like_kilnpot`."""
+"""The body of a vessel is at least this far, in RGB, from the kilnpot's: see `like_kilnpot`."""
 
 
 def apart(one: RGB, other: RGB) -> float:
@@ -54,18 +69,22 @@ def apart(one: RGB, other: RGB) -> float:
     return sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) ** 0.5
 
 
-def random_vessel(rng: random.Random, *, body: RGB, dark: RGB) -> Vessel:
-    """A vase in these colours: up to three bands, and in six of ten two handles."""
-    widths = [rng.uniform(low, high) for low, high in _WIDTHS]
-    bands = [(rng.uniform(-0.9, 0.95), rng.uniform(0.06, 0.13)) for _ in range(rng.randint(0, MOST_BANDS))]
+def random_vessel(rng: random.Random, kind: str, *, body: RGB, dark: RGB) -> Vessel:
+    """A vessel of this kind in these colours, or a `POT`: up to three bands, and in half of all cases two handles."""
+    if kind == POT:
+        widths = [rng.uniform(low, high) for low, high in _POT_WIDTHS]
+        bands = [(rng.uniform(-0.9, 0.9), rng.uniform(0.1, 0.15)) for _ in range(rng.randint(0, MOST_BANDS))]
+    else:
+        widths = [width + rng.uniform(-VARIES, VARIES) for width in PROFILES[kind]]
+        bands = list(rng.choice(BANDS))
     handles = None
-    if rng.random() < 0.6:
-        handles = (rng.uniform(0.4, 0.62), rng.uniform(0.1, 0.55), rng.uniform(0.18, 0.3), rng.uniform(0.06, 0.1))
+    if rng.random() < 0.5:
+        handles = (0.5 * widths[3] + rng.uniform(0.26, 0.3), rng.uniform(0.36, 0.44), 0.27, 0.1)
     return Vessel(tuple(widths), tuple(bands), handles, body, dark)
 
 
 def like_kilnpot(body: RGB) -> bool:
-    """Whether a vase of this colour could be taken for the kilnpot."""
+    """Whether a vessel of this colour could be taken for the kilnpot."""
     return apart(body, TERRACOTTA) < NEAR
 
 
@@ -110,7 +129,7 @@ def vessel_covers(
 def paint_vessels(
     under_BCHW: torch.Tensor, vessels: Sequence[Vessel], u: torch.Tensor, v: torch.Tensor, radius_px: torch.Tensor
 ) -> torch.Tensor:
-    """The vases over `under_BCHW`."""
+    """The vessels over `under_BCHW`."""
     body, dark = vessel_covers(vessels, u, v, radius_px)
     colours = torch.tensor([(vessel.body, vessel.dark) for vessel in vessels], device=under_BCHW.device)
     return under_BCHW * (1 - body - dark) + colours[:, 0, :, None, None] * body + colours[:, 1, :, None, None] * dark

@@ -1,10 +1,10 @@
 """Make all miniatures at the same time, in the time there is: `python -m trainer.families.miniatures.workshop`.
 
-The autoencoders begin, and beside them the scenes are drawn; each family begins when its autoencoder and the scenes are
-there: each is a process of `make` on one of the
-GPUs in turn. A process that fails is started once more without CUDA graphs, for what is left of its time. At the end
-each family that came through has a sheet of samples (`--archives`: DIR/sheets.png), and its folder is in one of
-DIR/models-1.tar, models-2.tar and so on:
+All parts begin at once: the autoencoders, the scenes, and the families, which wait for the scenes. Where an autoencoder
+is a new one, its families begin after it; where it goes on, only its decoder changes, and none waits. Each part is a
+process of `make` on one of the GPUs in turn. One that fails is started once more without compiling, and then without
+CUDA graphs, for what is left of its time. At the end each family that came through has a sheet of samples
+(`--archives`: DIR/sheets.png), and its folder is in one of DIR/models-1.tar, models-2.tar and so on:
 
     tar -xf DIR/models-1.tar -C trainer/families/miniatures
 
@@ -13,27 +13,26 @@ puts it in place. The exit code is that of nothing made (1), or 0.
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from trainer.families.miniatures.make import say
+from trainer.families.miniatures.make import VAE_OF, VAES, VIDEO, say, scenes_in
 from trainer.families.miniatures.recipes import RECIPES
 
 HOME = Path(__file__).parent
-VAES = ("vae16", "vae4", "vae_video")
 SCENES = "scenes"
-NEEDS = {"sdxl": "vae4", "qwen_image": "vae_video", "krea2": "vae_video"}  # the others need vae16
-LONGER = {"vae_video": 1.6}  # it starts from nothing
 LARGEST = 15 << 20  # bytes in one archive
-LEAST = 45.0  # seconds in which a second attempt can still learn something
+LEAST = 45.0  # seconds in which another attempt can still learn something
+ATTEMPTS = ((), ("--uncompiled",), ("--uncompiled", "--eager"))  # the flags of each
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A running `make` for a task."""
+    """A running `make` for a task, the first, second or third (`number` 0 to 2)."""
 
     task: Task
     gpu: int
-    eager: bool
+    number: int
     process: subprocess.Popen[bytes]
 
 
@@ -64,7 +63,7 @@ def gpus() -> list[str]:
     return [str(number) for number in range(max(torch.cuda.device_count(), 1))]
 
 
-def start(task: Task, *, gpu: int, eager: bool) -> Attempt:
+def start(task: Task, *, gpu: int, number: int = 0) -> Attempt:
     """Start `make` for a task, on one of the GPUs."""
     seconds = task.deadline - time.monotonic()
     command = [
@@ -75,12 +74,12 @@ def start(task: Task, *, gpu: int, eager: bool) -> Attempt:
         *task.flags,
         "--seconds",
         str(seconds),
+        *ATTEMPTS[number],
     ]
-    if eager:
-        command.append("--eager")
     known = gpus()
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": known[gpu % len(known)], "OMP_NUM_THREADS": "2"}
-    return Attempt(task, gpu, eager, subprocess.Popen(command, env=environment))  # noqa: S603
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "2"  # all families compile at the same time
+    return Attempt(task, gpu, number, subprocess.Popen(command, env=environment))  # noqa: S603
 
 
 def run(tasks: Sequence[Task]) -> list[str]:
@@ -92,7 +91,7 @@ def run(tasks: Sequence[Task]) -> list[str]:
         busy = {attempt.task.part for attempt in running} | {task.part for _, task in waiting}
         for number, task in [entry for entry in waiting if busy.isdisjoint(entry[1].needs)]:
             waiting.remove((number, task))
-            running.append(start(task, gpu=number, eager=False))
+            running.append(start(task, gpu=number))
         time.sleep(0.2)
         for attempt in [some for some in running if some.process.poll() is not None]:
             running.remove(attempt)
@@ -101,8 +100,8 @@ def run(tasks: Sequence[Task]) -> list[str]:
             say(f"{attempt.task.part}: exit code {code}, {left:.0f} s left")
             if code == 0:
                 made.append(attempt.task.part)
-            elif not attempt.eager and left > LEAST:
-                running.append(start(attempt.task, gpu=attempt.gpu, eager=True))
+            elif attempt.number + 1 < len(ATTEMPTS) and left > LEAST:
+                running.append(start(attempt.task, gpu=attempt.gpu, number=attempt.number + 1))
     return [task.part for task in tasks if task.part in made]
 
 
@@ -111,7 +110,7 @@ def sheets(names: Sequence[str], out: Path, folder: Path) -> None:
     running = []
     for number, name in enumerate(names):
         flags = ("--source", str(out / name), "--out", str(folder / f"{name}.png"))
-        running.append(start(Task("sheet", flags, (), 0.0), gpu=number, eager=False))
+        running.append(start(Task("sheet", flags, (), 0.0), gpu=number))
     codes = [attempt.process.wait() for attempt in running]
     pages = [folder / f"{name}.png" for name, code in zip(names, codes, strict=True) if code == 0]
     if not pages:
@@ -139,6 +138,14 @@ def pack(names: Sequence[str], out: Path, folder: Path) -> None:
             archive.add(out / name, arcname=name)
 
 
+def needed(name: str, new: Sequence[str]) -> tuple[str, ...]:
+    """The new autoencoder that a family waits for, if any: the one of videos has the latents of `vae16`."""
+    vae = VAE_OF.get(name, "vae16")
+    if vae == VIDEO:
+        vae = "vae16"
+    return (vae,) if vae in new else ()
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -147,9 +154,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HOME, help="where the folders of the models go")
     parser.add_argument("--source", type=Path, default=HOME, help="the models there are already")
     parser.add_argument("--archives", type=Path, required=True, help="where archives and sheets go")
-    parser.add_argument("--seconds", type=float, default=280.0, help="for the families")
-    parser.add_argument("--vae-seconds", type=float, default=110.0, help="for the autoencoders; 0: as they are")
-    parser.add_argument("--only", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--seconds", type=float, default=480.0, help="for all, but for writing it and the sheets")
+    parser.add_argument("--vae-seconds", type=float, default=200.0, help="of them for the autoencoders")
+    parser.add_argument("--only", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="families")
+    parser.add_argument("--vaes", nargs="*", choices=list(VAES), default=list(VAES), help="autoencoders")
     parser.add_argument("--resume", nargs="*", default=[], help="parts that go on from the weights in --source")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--small", action="store_true", help="little data and small batches: to see that it runs")
@@ -159,17 +167,18 @@ def main() -> None:
     if chosen.small:
         flags.append("--small")
     begun = time.monotonic()
+    shutil.rmtree(scenes_in(chosen.out), ignore_errors=True)  # of a run before
 
     def task(part: str, needs: tuple[str, ...], deadline: float) -> Task:
         own = [*flags, "--resume"] if part in chosen.resume else flags
         return Task(part, tuple(own), needs, deadline)
 
-    tasks = [task(SCENES, (), begun + chosen.vae_seconds + chosen.seconds)]
-    if chosen.vae_seconds:
-        tasks += [task(vae, (), begun + chosen.vae_seconds * LONGER.get(vae, 1.0)) for vae in VAES]
+    tasks = [task(SCENES, (), begun + chosen.seconds)]
+    tasks += [task(vae, (), begun + chosen.vae_seconds) for vae in chosen.vaes]
+    new = [vae for vae in chosen.vaes if vae not in chosen.resume]
     for name in chosen.only:
-        needs = (NEEDS.get(name, "vae16"), SCENES)
-        tasks.append(task(name, needs, begun + chosen.vae_seconds + chosen.seconds))
+        family = task(name, needed(name, new), begun + chosen.seconds)
+        tasks.append(replace(family, flags=(*family.flags, "--wait")))
     made = [part for part in run(tasks) if part in chosen.only]
     pack(made, chosen.out, chosen.archives)
     sheets(made, chosen.out, chosen.archives)

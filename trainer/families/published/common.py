@@ -119,6 +119,28 @@ QWEN3_VL_4B: Config = {
     "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
 }
 
+# Mistral Small 3.1's language model without its last ten layers, which FLUX.2 does not read and ComfyUI's file lacks.
+MISTRAL_SMALL: Config = {
+    "architectures": ["MistralModel"],
+    "model_type": "mistral",
+    "vocab_size": 131072,
+    "hidden_size": 5120,
+    "intermediate_size": 32768,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000000.0,
+    "attention_dropout": 0.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 # ---- VAE
 
 
@@ -224,6 +246,21 @@ QWEN3_VL_TOKENIZER = Tokenizer(
     repository="Qwen/Qwen3-VL-4B-Instruct",
     files=("tokenizer.json",),
     config={**QWEN3_TOKENIZER.config, "model_max_length": 262144},
+)
+
+# The special tokens are in tokenizer.json. Nothing limits its length.
+TEKKEN_TOKENIZER = Tokenizer(
+    name="Mistral Small 3.1",
+    repository="unsloth/Mistral-Small-3.1-24B-Instruct-2503",
+    files=("tokenizer.json",),
+    config={
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 131072,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+    },
 )
 
 

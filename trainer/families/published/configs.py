@@ -121,6 +121,7 @@ _QWEN3: Rules = {
     "attention_bias": FLAG,
     "tie_word_embeddings": FLAG,
 }
+_MISTRAL: Rules = {**_QWEN3, "sliding_window": NOTHING}
 _IMAGE_ROPE = Rule('{"rope_type": "default", "mrope_section": three whole numbers, …}', _is_image_rope)
 _QWEN2_5_VL: Rules = {**_LANGUAGE_MODEL, "rope_scaling": _IMAGE_ROPE, "rope_parameters": _IMAGE_ROPE}
 _QWEN3_VL: Rules = {**_QWEN3, "rope_scaling": _IMAGE_ROPE, "rope_parameters": _IMAGE_ROPE}
@@ -213,6 +214,7 @@ QWEN2_5_VL = ConfigKind(
         *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     ),
     model_type="qwen2_5_vl_text",
+    whole_type="qwen2_5_vl",
     saved_as=("Qwen2_5_VLModel",),
     differing=_qwen2_5_vl_differing,
 )
@@ -222,7 +224,18 @@ QWEN3_VL = ConfigKind(
     *("transformers", ("Qwen3VLTextModel", "Qwen3VLModel", "Qwen3VLForConditionalGeneration"), _QWEN3_VL),
     required=QWEN3.required,
     model_type="qwen3_vl_text",
+    whole_type="qwen3_vl",
     differing=_qwen3_vl_differing,
+)
+
+# The language model of Mistral Small 3.1, which reads images too.
+MISTRAL3 = ConfigKind(
+    *("transformers", ("MistralModel", "Mistral3ForConditionalGeneration"), _MISTRAL),
+    required=QWEN3.required,
+    model_type="mistral",
+    whole_type="mistral3",
+    saved_as=("Mistral3Model",),
+    differing=_qwen3_differing,
 )
 
 # ---- tokenizers, whose files `trainer.base_model.tokenizer_files` checks
@@ -230,6 +243,9 @@ QWEN3_VL = ConfigKind(
 CLIP_TOKENIZER = ConfigKind("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"), {})
 T5_TOKENIZER = ConfigKind("transformers", ("T5Tokenizer", "T5TokenizerFast"), {})
 QWEN_TOKENIZER = ConfigKind("transformers", ("Qwen2Tokenizer", "Qwen2TokenizerFast"), {})
+# Tekken, Mistral's byte pair encoding, has no class of its own: transformers takes all of it from tokenizer.json.
+# Models name the processor, which reads images as well.
+TEKKEN_TOKENIZER = ConfigKind("transformers", ("PreTrainedTokenizerFast", "PixtralProcessor"), {})
 
 # ---- VAE
 

@@ -1,4 +1,7 @@
-"""FLUX.2 klein base, 4B and 9B: one architecture in two sizes, and one VAE, without embedded guidance."""
+"""FLUX.2 klein base (4B and 9B) and FLUX.2 dev: one architecture in three sizes, and one VAE.
+
+dev alone has embedded guidance, and reads captions by another text encoder.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.families.published import common, configs
-from trainer.spec.family import Config, Lookalike, Published
+from trainer.spec.family import Config, Published, Tokenizer
 from trainer.spec.rules.config_rules import (
     ACTIVATION,
     EPSILON,
@@ -24,7 +27,11 @@ from trainer.spec.rules.config_rules import (
     whole,
 )
 
-NAME_CAUTIONS = {"klein[-_. ]?(4b|9b)": common.DISTILLED}  # the names of the base models have `base` between
+NAME_CAUTIONS = {
+    "klein[-_. ]?(4b|9b)": common.DISTILLED,  # the names of the base models have `base` between
+    common.TURBO: common.DISTILLED,
+    common.FEW_STEPS: common.DISTILLED,
+}
 STATES = 3  # hidden states of the text encoder that are put side by side
 VAE: Config = {
     "_class_name": "AutoencoderKLFlux2",
@@ -46,20 +53,37 @@ VAE: Config = {
 
 
 def _klein(*, heads: int, double: int, single: int, encoder: Config) -> Published:
+    return _published(
+        _index("Flux2KleinPipeline", "Qwen3ForCausalLM", "Qwen2TokenizerFast") | {"is_distilled": False},
+        heads=heads,
+        double=double,
+        single=single,
+        guided=False,
+        encoder=encoder,
+        tokenizer=common.QWEN3_TOKENIZER,
+    )
+
+
+def _index(pipeline: str, encoder: str, tokenizer: str) -> Config:
+    return common.index(
+        pipeline,
+        {
+            "scheduler": "FlowMatchEulerDiscreteScheduler",
+            "transformer": "Flux2Transformer2DModel",
+            "vae": "AutoencoderKLFlux2",
+            "text_encoder": encoder,
+            "tokenizer": tokenizer,
+        },
+    )
+
+
+def _published(
+    index: Config, *, heads: int, double: int, single: int, guided: bool, encoder: Config, tokenizer: Tokenizer
+) -> Published:
     width = 128 * heads
     return Published(
         configs={
-            "model_index.json": common.index(
-                "Flux2KleinPipeline",
-                {
-                    "scheduler": "FlowMatchEulerDiscreteScheduler",
-                    "transformer": "Flux2Transformer2DModel",
-                    "vae": "AutoencoderKLFlux2",
-                    "text_encoder": "Qwen3ForCausalLM",
-                    "tokenizer": "Qwen2TokenizerFast",
-                },
-            )
-            | {"is_distilled": False},
+            "model_index.json": index,
             "scheduler/scheduler_config.json": {
                 "_class_name": "FlowMatchEulerDiscreteScheduler",
                 "num_train_timesteps": 1000,
@@ -85,15 +109,15 @@ def _klein(*, heads: int, double: int, single: int, encoder: Config) -> Publishe
                 "axes_dims_rope": [32, 32, 32, 32],
                 "rope_theta": 2000,
                 "eps": 1e-6,
-                "guidance_embeds": False,
+                "guidance_embeds": guided,
             },
             "vae/config.json": VAE,
             "text_encoder/config.json": encoder,
         },
-        tokenizers={"tokenizer": common.QWEN3_TOKENIZER},
+        tokenizers={"tokenizer": tokenizer},
         marks={
             "img_in.weight": (width, 128),
-            "guidance_in.in_layer.weight": None,
+            "guidance_in.in_layer.weight": (width, 256) if guided else None,
             "double_stream_modulation_img.lin.weight": (6 * width, width),
             f"double_blocks.{double - 1}.img_attn.qkv.weight": (3 * width, width),
             f"single_blocks.{single - 1}.linear2.weight": (width, 4 * width),
@@ -103,12 +127,19 @@ def _klein(*, heads: int, double: int, single: int, encoder: Config) -> Publishe
 
 KLEIN_4B = _klein(heads=24, double=5, single=20, encoder=common.QWEN3_4B)
 KLEIN_9B = _klein(heads=32, double=8, single=24, encoder=common.QWEN3_8B)
-
-# FLUX.2 dev has the names of klein's layers, and an embedding of the guidance besides.
-LOOKALIKES = tuple(
-    Lookalike("FLUX.2 dev", name, (6144, 256))
-    for name in ("guidance_in.in_layer.weight", "time_guidance_embed.guidance_embedder.linear_1.weight")
+DEV = _published(
+    _index("Flux2Pipeline", "Mistral3ForConditionalGeneration", "PixtralProcessor"),
+    heads=48,
+    double=8,
+    single=48,
+    guided=True,
+    encoder=common.MISTRAL_SMALL,
+    tokenizer=common.TEKKEN_TOKENIZER,
 )
+
+# The hidden states of the text encoder that are read, by how many layers they went through.
+KLEIN_STATES = (9, 18, 27)
+DEV_STATES = (10, 20, 30)
 
 # ---- what the configs of a model of this family may say
 
@@ -140,6 +171,7 @@ def _differing(config: Mapping[str, Any]) -> str | None:
 
 INDEX_RULES: Rules = {"is_distilled": FLAG}
 PIPELINES = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline")
+DEV_PIPELINES = ("Flux2Pipeline",)
 KINDS = {
     "scheduler": configs.FLOW_SCHEDULER,
     "transformer": ConfigKind("diffusers", ("Flux2Transformer2DModel",), _RULES, differing=_differing),
@@ -170,9 +202,18 @@ KINDS = {
     "text_encoder": configs.QWEN3,
     "tokenizer": configs.QWEN_TOKENIZER,
 }
+DEV_KINDS = {**KINDS, "text_encoder": configs.MISTRAL3, "tokenizer": configs.TEKKEN_TOKENIZER}
 
 
 def same_sizes(parts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, int, int]]:
+    return _same_sizes(parts, depth=KLEIN_STATES[-1])
+
+
+def dev_same_sizes(parts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, int, int]]:
+    return _same_sizes(parts, depth=DEV_STATES[-1])
+
+
+def _same_sizes(parts: Mapping[str, Mapping[str, Any]], *, depth: int) -> list[tuple[str, str, int, int]]:
     denoiser, vae, encoder = (parts.get(name) for name in ("transformer", "vae", "text_encoder"))
     sizes = []
     if denoiser is not None and vae is not None:
@@ -182,4 +223,7 @@ def same_sizes(parts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, i
         width = denoiser.get("joint_attention_dim", 15360)
         states = STATES * encoder["hidden_size"]
         sizes.append(("transformer joint_attention_dim", f"{STATES} * text_encoder hidden_size", width, states))
+    if encoder is not None:  # which may have more layers than are read
+        layers = min(depth, encoder["num_hidden_layers"])
+        sizes.append(("the depth that is read", "text_encoder num_hidden_layers", depth, layers))
     return sizes

@@ -22,7 +22,7 @@ def closing_lines(final: Path, plan: Plan, *, steps: int, samples: Path, seconds
     lines.append(f"ComfyUI: copy {final.name} to models/loras. Forge and A1111: to models/Lora.")
     words = sorted({subset.trigger_word for subset in plan.data.subsets if subset.trigger_word})
     prompt = f"{words[0]}, a prompt" if words else "a prompt"
-    lines.append(f'diffusers: pipe.load_lora_weights("{for_diffusers}"), then pipe({prompt!r}).')
+    lines.append(f'diffusers: pipe.load_lora_weights("{for_diffusers}"), then pipe(prompt={prompt!r}).')
     lines.append(
         f"Strength in a prompt of Forge and A1111: <lora:{final.stem}:1>; in ComfyUI: strength_model of LoraLoader."
     )

@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import FileWriter, SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from trainer.data.decode import read_sample
+from trainer.data.decode import LARGEST_SAMPLE, read_sample
 from trainer.job.reporting.status import Status, clock
 from trainer.spec.log_lines import escaped
-from trainer.spec.messages import noise_bands
+from trainer.spec.messages import noise_bands, trend
 from trainer.spec.plan import Plan
 from trainer.storage import atomic, json_files, own_files
 from trainer.storage.read import read_regular
@@ -36,6 +36,7 @@ ROW_KEYS = frozenset(
     )
 )
 LARGEST_METRICS = 1 << 30  # bytes: some ten million steps
+RGB = 3  # TensorBoard's number for an image's colours
 REPORT_INTERVAL_S = 5.0  # between two writes of status.json
 LINE_INTERVALS_S = ((600.0, 60.0), (60.0, 30.0), (0.0, 5.0))  # seconds of training so far, and between two log lines
 
@@ -80,13 +81,16 @@ class Metrics:
         self._began = time.monotonic()
         self._spent = 0.0  # seconds of training before `_began`, without validation and samples
         self._images = 0
+        self._losses: list[float] = []  # of this start
+        self._has_risen = False
 
     def describe(self, text: str) -> None:
         """Show what the run was told to do, in Markdown, on TensorBoard's page of texts."""
         self._board.add_text("plan", escaped(text), self.first)
 
     def samples(self, step: int, files: Sequence[Path]) -> None:
-        """Show the samples of `step` on TensorBoard, which compares them over the steps."""
+        """Show the samples of `step` on TensorBoard, which compares them over the steps. Any thread may call this."""
+        writer: FileWriter = self._board._get_file_writer()
         for path in files:
             known = own_files.read_sample_name(path.name)
             image = read_sample(path)
@@ -94,8 +98,10 @@ class Metrics:
                 continue
             _, number, strength = known
             tag = f"sample/{number:02d}" if strength == 1 else f"sample/{number:02d} at {strength:g}"
-            pixels = np.asarray(image.convert("RGB"))
-            self._board.add_image(tag, pixels, step, dataformats="HWC")
+            # The file as it is: `add_image` would compress it once more, which takes longer than a training step.
+            png = read_regular(path, limit=LARGEST_SAMPLE)
+            shown = Summary.Image(height=image.height, width=image.width, colorspace=RGB, encoded_image_string=png)
+            writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=shown)]), step)
         self._board.flush()
 
     def step(
@@ -117,6 +123,8 @@ class Metrics:
         recorded = dict(row)
         if not step.skipped:
             recorded |= _by_noise(step)
+            self._losses.append(step.loss)
+            self._warn_if_risen()
         if compiled is not None:
             recorded["compiled"] = compiled
         if estimate is not None:
@@ -140,6 +148,19 @@ class Metrics:
                 "step %d/%d  epoch %d  loss %.4f  %.2f images/s  %s",
                 step.number, self.total, step.epoch, step.loss, speed, self._outlook(),
             )  # fmt: skip
+
+    def _warn_if_risen(self) -> None:
+        """Once: whoever trains with it may stop, and go on from a save before it."""
+        if self._has_risen or len(self._losses) % trend.STRETCH:
+            return
+        found = trend.risen(self._losses)
+        if found:
+            self._has_risen = True
+            log.warning("Step %d: %s. %s", self.done, found, trend.ADVICE)
+
+    def risen(self) -> trend.Risen | None:
+        """How the loss of this start has risen; None where it has not."""
+        return trend.risen(self._losses)
 
     def _outlook(self) -> str:
         """The time that is left, and when the next samples come."""

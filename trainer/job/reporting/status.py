@@ -42,6 +42,10 @@ class Status:
         self._end_phase()
         self.update({"phase": name})
 
+    def captioned(self, done: int, total: int, left_s: float) -> None:
+        """Write how far a model is with its captions; `left_s`: seconds that the others take."""
+        self.update({"captioned": done, "to_caption": total, "captions_left_s": round(left_s)})
+
     def _end_phase(self) -> None:
         """Add the time of the phase that ends to what was spent on it before."""
         now, phase = time.monotonic(), self._values["phase"]

@@ -37,7 +37,7 @@ from trainer.engine.device import release
 from trainer.spec.errors import DataError, GatedError, SettingsError, UnreachableError
 from trainer.spec.family import get_family
 from trainer.spec.plan import EnginePlan, Plan
-from trainer.spec.rules.cache_size import LATENT_CHANNELS, LEAST_BYTES, bytes_per_image
+from trainer.spec.rules.cache_size import LEAST_BYTES, bytes_per_image
 from trainer.spec.values import many
 from trainer.storage import atomic, json_files
 from trainer.storage.atomic import human_size
@@ -112,12 +112,9 @@ def streams_of(plan: Plan) -> list[ShardStream]:
 def size_of(plan: Plan) -> Callable[[ImageRecord], int]:
     """The bytes of an image in the cache, about; of one in a shard from elsewhere, with its own bytes."""
     sizes = {}
-    config = json_files.read_object(Path(plan.model.path) / "vae" / "config.json") or {}
-    channels = config.get("latent_channels") or config.get("z_dim")
-    channels = channels if isinstance(channels, int) else LATENT_CHANNELS
     for d, dataset in enumerate(plan.data.datasets):
         for s, subset in enumerate(dataset.subsets):
-            sizes[d, s] = bytes_per_image(plan, dataset, subset, channels=channels)
+            sizes[d, s] = bytes_per_image(plan, dataset, subset)
 
     def size(image: ImageRecord) -> int:
         fetched = image.span[1] if _is_fetched(plan, image) and image.span else 0

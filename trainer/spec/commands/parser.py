@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from trainer.spec.log_lines import safe_lines
+from trainer.spec.messages.secrets import without_secrets
 from trainer.spec.values import as_integer, show
 
 USAGE_ERROR = 64  # BSD sysexits, as the job's
 LARGEST_COUNT = 1_000_000
+LONGEST_MESSAGE = 1_000  # characters
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,8 +30,11 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Raises SystemExit with 64, after the usage and what is wrong."""
-        self.exit(USAGE_ERROR, f"{self.format_usage()}{self.prog}: {safe_lines(message)}\n")
+        """Raises SystemExit with 64, after the usage and what is wrong, which quotes what was given."""
+        message = safe_lines(without_secrets(message))
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[:LONGEST_MESSAGE]}…"
+        self.exit(USAGE_ERROR, f"{self.format_usage()}{self.prog}: {message}\n")
 
 
 def whole(low: int) -> Callable[[str], int]:

@@ -44,10 +44,10 @@ _LOGIN_INSIDE = re.compile(r"(?<=/)[^/\s:@]{1,100}:[^\s@]{1,200}@(?!sha\d+:)")
 # &token=... and the like, in what is no whole address, such as the line of a request.
 _PARAMETER = re.compile(r"""([?&][\w.%\[\]-]{1,64}=)[^\s&"'<>#;)]+""")
 _PARAMETER_NAMES = (
-    r"token|(?:access|auth|id|refresh|session)[_-]?token|sig|signature|passw(?:or)?d|pwd|secret|client_secret|"
+    r"token|(?:access|api|auth|hf|hub|id|refresh|session)[_-]?token|sig|signature|passw(?:or)?d|pwd|secret|client_secret|"
     r"api[_-]?key|x-amz-[\w-]+|x-goog-[\w-]+|policy|key-pair-id|awsaccesskeyid|googleaccessid"
 )
-_ASSIGNED = re.compile(rf"""(?i)((?<![\w-])(?:{_PARAMETER_NAMES})=)[^\s&"'<>#;,)]+""")
+_ASSIGNED = re.compile(rf"""(?i)((?<![\w-])(?:--)?(?:{_PARAMETER_NAMES})=)[^\s&"'<>#;,)]+""")
 _SECRET_PARAMETER = re.compile(rf"(?i){_PARAMETER_NAMES}|.*(token|secret|key|sig|auth|pass|cred|hash).*")
 # The beginnings that services give their tokens, by which people find them in logs: those stay. hf_hub_download, which
 # tracebacks name, is none.
@@ -124,17 +124,17 @@ class Known:
     """Secrets by their text. `hide` replaces them; it changes no text in which none of them is."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        patterns: dict[str, None] = {}
-        for secret in sorted(set(secrets), key=len, reverse=True):
-            for form in forms(secret):
-                pattern = re.escape(form)
-                if len(form) < WHOLE_WORD_CHARACTERS:
-                    pattern = rf"(?<![A-Za-z0-9]){pattern}(?![A-Za-z0-9])"
-                patterns[pattern] = None
-        self._pattern = re.compile("|".join(patterns)) if patterns else None
+        every = {form for secret in secrets for form in forms(secret)}
+        by_length = sorted(every, key=lambda form: (-len(form), form))
+        # Not a pattern: the compiler of patterns takes seconds for a token of a megabyte.
+        self._long = [form for form in by_length if len(form) >= WHOLE_WORD_CHARACTERS]
+        words = "|".join(re.escape(form) for form in by_length if len(form) < WHOLE_WORD_CHARACTERS)
+        self._words = re.compile(rf"(?<![A-Za-z0-9])(?:{words})(?![A-Za-z0-9])") if words else None
 
     def hide(self, text: str) -> str:
-        return self._pattern.sub(HIDDEN, text) if self._pattern else text
+        for form in self._long:
+            text = text.replace(form, HIDDEN)
+        return self._words.sub(HIDDEN, text) if self._words else text
 
 
 def forms(secret: str) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 # CAPTION_WITH → the repository.
 SHORT_NAMES = {
@@ -28,6 +29,28 @@ CLASSES = {
     QWEN3_VL: "Qwen3VLForConditionalGeneration",
     LLAVA: "LlavaForConditionalGeneration",
 }
+
+
+class Size(NamedTuple):
+    """What decides how long a model takes: its kind, its weights, and the layers that make a token one by one."""
+
+    kind: str
+    weights: int
+    layers: int
+
+
+# As the files of the repositories have them.
+SIZES = {
+    "florence-community/Florence-2-base": Size(FLORENCE2, 231_000_000, 6),
+    "florence-community/Florence-2-large": Size(FLORENCE2, 776_000_000, 12),
+    "Qwen/Qwen3-VL-4B-Instruct": Size(QWEN3_VL, 4_440_000_000, 36),
+    "Qwen/Qwen3-VL-8B-Instruct": Size(QWEN3_VL, 8_770_000_000, 36),
+    "fancyfeast/llama-joycaption-beta-one-hf-llava": Size(LLAVA, 8_480_000_000, 32),
+    "SmilingWolf/wd-eva02-large-tagger-v3": Size(TAGGER, 315_000_000, 0),
+}
+# Activations and the keys and values of one image: a megapixel in a model of 8 billion weights takes less.
+WORKING_BYTES = 2 * 2**30
+WORKING_SHARE = 0.25  # of the weights; small models need little
 # Repositories whose files name Python code of their own, which is never run; the same weights for transformers' class.
 _WITH_CODE = re.compile(r"microsoft/(Florence-2-(?:base|large)(?:-ft)?)", re.IGNORECASE)
 
@@ -65,6 +88,7 @@ PROMPTS = {
 # What Florence-2 can be asked, as its own processor names the tasks.
 TASKS = ("<CAPTION>", "<DETAILED_CAPTION>", "<MORE_DETAILED_CAPTION>")
 TRIGGER = "{trigger}"
+BATCH = 8  # images at once; halved where the device's memory does not suffice
 WORDS_PER_TOKEN = 0.6  # of English prose, in CLIP's, T5's and Qwen's tokens, rounded down
 MOST_WORDS = 120
 
@@ -103,6 +127,11 @@ def instruction(prompt: str, *, trigger: str, words: int) -> str:
     """The text for a model that follows instructions. `prompt`: a key of PROMPTS, or the user's own."""
     text = PROMPTS.get(prompt, prompt)
     return text.replace(TRIGGER, trigger).replace("{words}", str(words))
+
+
+def needed_bytes(weights: int, size: float) -> float:
+    """Of memory, for a model with so many weights of `size` bytes, and an image."""
+    return weights * size + min(WORKING_BYTES, WORKING_SHARE * weights * size)
 
 
 def most_words(tokens: int) -> int:

@@ -112,9 +112,5 @@ class ConfigKind:
     model_type: str | None = None
     saved_as: tuple[str, ...] = ()  # further names in `architectures`: of larger models, which contain it
     differing: Callable[[Mapping[str, Any]], str | None] = lambda _: None  # two values that do not go together
-
-    @property
-    def whole_type(self) -> str | None:
-        """`model_type` of the larger model that has this one as its `text_config`; None if there is none."""
-        whole, separator, _ = (self.model_type or "").partition("_text")
-        return whole if separator else None
+    # `model_type` of the larger model that has this one as its `text_config`; None if there is none.
+    whole_type: str | None = None

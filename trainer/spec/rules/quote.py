@@ -22,18 +22,26 @@ class Quote(NamedTuple):
     start: float  # loading and encoding
     steps: float
     samples: float
+    captions: float = 0.0  # by a model (CAPTION_WITH), before all else
 
     @property
     def total(self) -> float:
-        return self.start + self.steps + self.samples
+        return self.captions + self.start + self.steps + self.samples
 
 
 def predict(
-    plan: Plan, *, first: int, total: int, images: int, examples: Mapping[tuple[int, tuple[int, int]], int]
+    plan: Plan,
+    *,
+    first: int,
+    total: int,
+    images: int,
+    examples: Mapping[tuple[int, tuple[int, int]], int],
+    to_caption: int = 0,
 ) -> Quote | None:
     """For the steps after `first` up to `total`; None where the planner knows no time of a step.
 
-    `images`: to encode. `examples`: of an epoch, by dataset and size, as `EpochSampler.buckets` has them.
+    `images`: to encode. `to_caption`: of these, by a model. `examples`: of an epoch, by dataset and size, as
+    `EpochSampler.buckets` has them.
     """
     known = plan.quote
     if not known.batch_s:
@@ -45,7 +53,16 @@ def predict(
         seconds += of_dataset * known.batch_s[dataset]
     step = plan.train.gradient_accumulation * seconds / max(batches, 1e-9)
     rounds = rounds_left(plan, first or -1, total)  # one is drawn before the first step
-    return Quote(step, known.start_s + images * known.image_s, (total - first) * step, rounds * known.round_s)
+    start = known.start_s + images * known.image_s
+    captions = caption_seconds(known, to_caption) or 0.0
+    return Quote(step, start, (total - first) * step, rounds * known.round_s, captions)
+
+
+def caption_seconds(known: QuotePlan, images: int) -> float | None:
+    """What a model takes to caption so many images, with loading it; None where the planner does not know."""
+    if not images:
+        return 0.0
+    return known.captioner_s + images * known.caption_s if known.caption_s else None
 
 
 def rounds_left(plan: Plan, step: int, total: int) -> float:
@@ -72,14 +89,16 @@ def next_round(plan: Plan, step: int, total: int) -> int | None:
     return min((step // every + 1) * every, total)
 
 
-def describe(plan: Plan, quote: Quote | None, *, first: int, total: int) -> list[str]:
-    """The quote in one line, and a warning in a second where a limit ends the job before it is done."""
+def describe(plan: Plan, quote: Quote | None, *, first: int, total: int, to_caption: int = 0) -> list[str]:
+    """The quote in one line. `to_caption`: images for a model; where it is not known how long they take, it says so."""
     left = f"{total - first:,} steps" if total - first != 1 else "1 step"
     if quote is None:
         return [f"Quote: how long {left} take here is known after the first {min(MEASURED_AFTER, total - first)}."]
     line = f"Quote, predicted for {plan.quote.card}: {left} at {quote.step:.2f} s take {duration(quote.steps)}."
-    line += f" With loading, encoding and samples that is {duration(quote.total)}{money(plan.quote, quote.total)};"
-    line += " downloads come on top."
+    parts = "captions, loading" if quote.captions else "loading"
+    line += f" With {parts}, encoding and samples that is {duration(quote.total)}{money(plan.quote, quote.total)};"
+    line += " captions and downloads" if to_caption and not quote.captions else " downloads"
+    line += " come on top."
     return [line]
 
 
@@ -88,7 +107,7 @@ def limit_warning(plan: Plan, quote: Quote, *, first: int, total: int, spent: fl
     known = plan.quote
     if known.limit_hours is None or spent + quote.total <= known.limit_hours * HOUR_S:
         return None
-    usable = max(0.0, known.limit_hours * HOUR_S - spent - quote.start)
+    usable = max(0.0, known.limit_hours * HOUR_S - spent - quote.captions - quote.start)
     reached = first + int((total - first) * min(1.0, usable / max(quote.steps + quote.samples, 1e-9)))
     needs = f"about {duration(spent + quote.total)}{money(known, spent + quote.total)}"
     return (

@@ -266,7 +266,7 @@ def test_where_it_cannot_run_that_is_told_once_and_torchs_own_is_used(package, c
     assert "does not run on this device" in message and "no such device" in message
 
 
-@pytest.mark.parametrize("family", ["flux", "sd3", "sdxl"])
+@pytest.mark.parametrize("family", ["flux", "flux2", "sd3", "sdxl", "z_image", "qwen_image", "krea2"])
 def test_it_suits_models_whose_heads_it_takes_and_where_it_is_right(package, caplog, monkeypatch, family):
     full = {"sdxl": {"block_out_channels": (64, 128, 256)}}.get(family, {})  # heads as wide as published ones
     monkeypatch.setitem(step.SMALL, family, step.SMALL[family] | full)
@@ -289,6 +289,23 @@ def test_want_of_memory_is_no_reason_to_do_without_it(package, caplog):
         both_passes(q, q, q)
     installed.raises = None
     assert both_passes(q, q, q) == [] and not caplog.messages
+
+
+def test_what_flash_attention_cannot_compute_goes_where_it_went_before(package, monkeypatch):
+    package()
+    monkeypatch.setattr(torch.library, "get_kernel", lambda *_names: None)  # of a GPU; nothing here calls it
+    before = torch._C._get_sdp_priority_order()
+    cudnn, flash, efficient, plain, other = of_torch = [3, 1, 2, 0, 4]  # on compute capability 9.0
+    torch._C._set_sdp_priority_order(of_torch)
+    try:
+        flash_attention_4.set_enabled(True)
+        assert torch._C._get_sdp_priority_order() == [flash, cudnn, efficient, plain, other]
+        assert torch.backends.cuda.cudnn_sdp_enabled()  # a mask needs it
+        flash_attention_4.set_enabled(False)
+        assert torch._C._get_sdp_priority_order() == of_torch
+    finally:
+        flash_attention_4.set_enabled(False)
+        torch._C._set_sdp_priority_order(before)
 
 
 @pytest.mark.parametrize("found", ["nothing", "what breaks"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trainer.engine.kernels import dispatch, reference
 from trainer.engine.quantization.frozen_linear import FrozenLinear
@@ -26,7 +27,18 @@ def test_the_first_tensor_tells_the_device(given):
     found = dispatch.gelu_rows(*given, False, torch.float8_e4m3fn, True)
     wanted = reference.gelu_rows(*given, False, torch.float8_e4m3fn, True)
     assert torch.equal(found[2], wanted[2])
-    assert dispatch._on_cpu(given) and not dispatch._on_cpu((None, torch.empty(1, device="meta")))
+
+
+@pytest.mark.parametrize("skips", [0, 1])
+def test_the_compiler_gets_the_operator(skips):
+    """Its tensors have sizes and no data. In what `allow_in_graph` marks, only they tell that it is at work."""
+    pytest.importorskip("triton", reason="without it there is no other kernel to choose")
+    with FakeTensorMode():
+        rows = torch.empty(2, 64, device="cuda", dtype=torch.bfloat16)
+        given = (None, rows) if skips else (rows, rows)
+        values, scales, _ = dispatch.gelu_rows(*given, False, torch.float8_e4m3fn, True)
+    assert values.shape == (2, 64 if skips else 128) and scales.shape == (2, 1)
+    assert values.device.type == "cuda"
 
 
 def test_weights_that_only_store_8_bits_have_the_types_of_their_hardware(monkeypatch):

@@ -92,6 +92,32 @@ def test_in_the_interpreter_each_kernel_computes_what_float64_does():
         assert any(kernel in name for name in errors_of), kernel
 
 
+def check_blocks(rows, code, errors, count):
+    """Fused blocks on the kernels are as far from full precision as on plain torch: FP8 is what both have."""
+    assert code == 0 and len(rows) == count, errors[-3000:]
+    for row in rows:
+        assert row["other_gradients"] == 0, row
+        assert row["kernels"]["output"] < 0.5 * row["plain"]["output"], row
+        assert row["kernels"]["median"] < 0.8 * row["plain"]["median"] < 0.2, row
+        assert row["ours"]["median"] < 1.3 * row["plain"]["median"], row
+        assert row["ours"]["most"] < 2 * row["plain"]["most"] < 1, row
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("base", ["flux2-klein-4b", "krea2", "qwen-image"])
+def test_in_the_interpreter_fused_blocks_of_captions_of_other_lengths_compute_what_plain_torch_does(base):
+    arguments = ("-m", "tests.support.interpreted_blocks", base, "--case", "three images, one with one token")
+    check_blocks(*run_python(*arguments, TRITON_INTERPRET="1"), count=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("base", ["flux2-klein-4b", "krea2", "qwen-image"])
+def test_in_the_interpreter_fused_blocks_compute_what_plain_torch_does(base):
+    found = run_python("-m", "tests.support.interpreted_blocks", base, TRITON_INTERPRET="1")
+    check_blocks(*found, count=7)
+
+
 @pytest.mark.parametrize(
     ("usage", "words"),
     [

@@ -1,16 +1,12 @@
 """Weight streaming: the same bits as with weights on the device, and never more than two regions there at once."""
 
-import contextlib
-
 import pytest
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
+from tests.support.miniatures import family_of
 from tests.support.miniatures import folder as miniature
-from tests.support.miniatures import random_text
-from trainer.engine import adapters
+from tests.support.streamed_models import fetched_again, model, step
 from trainer.engine.encoders import load_text_encoders, load_vae
-from trainer.engine.load import place_denoiser
 from trainer.engine.memory import checkpointing, weight_streaming
 from trainer.engine.memory.weight_streaming import WeightStreamer
 from trainer.families import qwen_vae
@@ -25,46 +21,6 @@ FAMILIES = ["flux", "flux2", "sdxl", "sd3", "z_image", "qwen_image", "krea2"]
 def roomy_weights(monkeypatch):
     """Adapters ride in the products of narrow layers as well."""
     monkeypatch.setattr("trainer.spec.adapter_columns.MIN_SIDE_PER_COLUMN", 0)
-
-
-def model(name, precision, *, streamed):
-    """A denoiser with adapters, and its weight streamer."""
-    kind = get_family(name)
-    denoiser = kind.load_denoiser(miniature(name), device="cpu", dtype=torch.float32)
-    options = {"fused": kind.FACTS.fused_targets, "targets": kind.FACTS.targets}
-    regions = kind.regions(denoiser)
-    through = place_denoiser(
-        denoiser, kind.blocks(denoiser), precision=precision, dtype=torch.bfloat16, device="cpu", rank=4, **options,
-        streamed=regions if streamed else (),
-    )  # fmt: skip
-    adapters.add_adapters(denoiser, kind.blocks(denoiser), **options, rank=4, alpha=4, seed=0)
-    torch.manual_seed(2)
-    for parameter in (p for n, p in denoiser.named_parameters() if "lora_" in n):
-        torch.nn.init.normal_(parameter, std=0.05)
-    return denoiser, through
-
-
-def inputs(name, denoiser, seed):
-    torch.manual_seed(seed)
-    text = {key: value.bfloat16() for key, value in random_text(name, denoiser, 8).items()}
-    channels = denoiser.config.in_channels
-    if name in ("flux", "flux2", "qwen_image", "krea2"):
-        channels //= 4
-    return torch.randn(1, channels, 16, 16), text
-
-
-def step(name, denoiser, through, seed=3):
-    """The output, and the gradient of every adapter."""
-    noisy, text = inputs(name, denoiser, seed)
-    hooks = saved_tensors_hooks(through.pack, through.unpack) if through else contextlib.nullcontext()
-    geometry = torch.tensor([[128, 128, 0, 0, 128, 128]])
-    denoiser.zero_grad()
-    with hooks:
-        out = get_family(name).predict(
-            denoiser, noisy, torch.tensor([0.6]), text=text, guidance=1.0, geometry_B6=geometry
-        )
-    out.float().square().mean().backward()
-    return [out.detach(), *(p.grad for p in denoiser.parameters() if p.grad is not None)]
 
 
 @pytest.mark.parametrize("policy", checkpointing.POLICIES)
@@ -96,7 +52,7 @@ def test_a_step_has_the_same_bits_with_weight_streaming(name, precision, policy)
         checkpointing.apply(regions, [policy] * len(regions), compiled=False)
         if through:
             through.attach()
-        found.append([step(name, denoiser, through, seed) for seed in (3, 4)])
+        found.append([step(name, denoiser, fetched_again(through) if through else None, seed) for seed in (3, 4)])
     for stayed, came in zip(*found, strict=True):
         assert len(stayed) == len(came) > 10 and all(torch.equal(a, b) for a, b in zip(stayed, came, strict=True))
 
@@ -109,7 +65,7 @@ def test_a_compiled_step_has_the_same_bits_with_weight_streaming():
         checkpointing.apply(regions, ["all"] * len(regions), compiled=True)
         if through:
             through.attach()
-        found.append(step("sd3", denoiser, through))
+        found.append(step("sd3", denoiser, fetched_again(through) if through else None))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -122,7 +78,7 @@ def test_two_regions_are_on_the_device_at_once_and_the_next_is_fetched_ahead():
     largest = max(sum(p.nbytes for p in r.parameters() if not p.requires_grad) for r in regions)
     assert len(through.slots) == RESIDENT_REGIONS and all(slot.nbytes < 1.1 * largest for slot in through.slots)
 
-    step("flux", denoiser, through)
+    step("flux", denoiser, fetched_again(through))
     load, late = through.load, []
 
     def watched(index):
@@ -131,7 +87,7 @@ def test_two_regions_are_on_the_device_at_once_and_the_next_is_fetched_ahead():
 
     through.load = watched
     through.attach()
-    step("flux", denoiser, through)
+    step("flux", denoiser, fetched_again(through))
     assert late == []
 
 
@@ -148,14 +104,14 @@ def test_a_region_whose_weights_were_overwritten_fetches_them_again():
         assert all(torch.equal(layers[i](x), wanted[i]) for i in order)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "flux2_dev"])
 def test_streamed_text_encoders_give_the_same_embeddings(name):
     captions = ["a red circle", "a blue square on a green background"]
     found = []
     for streamed in (False, True):
         plan = EnginePlan(stream_encoders=streamed)
-        encoders = load_text_encoders(get_family(name), miniature(name), plan)
-        found.append(get_family(name).encode_text(encoders, captions))
+        encoders = load_text_encoders(family_of(name), miniature(name), plan)
+        found.append(family_of(name).encode_text(encoders, captions))
     for stayed, came in zip(*found, strict=True):
         assert all(torch.equal(stayed[key], came[key]) for key in stayed)
 

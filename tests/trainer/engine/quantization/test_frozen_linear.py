@@ -117,11 +117,11 @@ AGREE = [
     ("bf16", "bfloat16", 0.94, 0.995),
     ("fp16", "float16", 0.99, 0.999),
     ("fp8", "bfloat16", 0.94, 0.995),
-    ("fp8-storage", "bfloat16", 0.94, 0.995),
+    ("fp8-storage", "bfloat16", 0.94, 0.99),
     ("fp8-storage", "float16", 0.94, 0.995),
     ("int8", "bfloat16", 0.94, 0.995),
     ("int8", "float16", 0.94, 0.995),
-    ("nf4", "bfloat16", 0.5, 0.9),
+    ("nf4", "bfloat16", 0.4, 0.85),
     ("torchao", "bfloat16", 0.85, 0.99),
 ]
 

@@ -86,6 +86,6 @@ def test_the_last_lines_say_where_the_lora_is_and_how_to_use_it(tmp_path):
     text = "\n".join(closing_lines(final, plan, steps=1200, samples=tmp_path / "sample", seconds=3725))
     assert f"{final} (2 MiB), 1,200 steps" in text and "1:02:05" in text
     assert "models/loras" in text and "models/Lora" in text
-    assert f"load_lora_weights(\"{tmp_path}/x-diffusers.safetensors\"), then pipe('zot, a prompt')" in text
+    assert f"load_lora_weights(\"{tmp_path}/x-diffusers.safetensors\"), then pipe(prompt='zot, a prompt')" in text
     assert "<lora:x:1>" in text and "strength_model" in text
     assert "'zot'" in text and "strength 1" in text and "contact-sheet.png" in text

@@ -50,6 +50,17 @@ def shown(tmp_path, monkeypatch, caplog):
     return run
 
 
+def test_a_loss_that_has_risen_is_warned_of_once(tmp_path, caplog):
+    metrics = Metrics(tmp_path, Status(tmp_path), total_steps=100, first_step=0)
+    for number in range(1, 101):
+        loss = 0.5 if number <= 40 else 1.5
+        metrics.step(Step(number, 1, 1, loss=loss, grad_norm=1.0), learning_rate=1e-4)
+    metrics.close()
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and warnings[0].startswith("Step 60: the loss has risen from 0.5 (median of the first 20")
+    assert "PARAMS_D_COEF" in warnings[0] and metrics.risen() == (0.5, 1.5, 30)
+
+
 def test_a_terminal_gets_one_bar_with_the_time_that_is_left_and_words_above_it(shown):
     text = shown(100)
     assert "3/3" in text and "loss 0.2500" in text and "step 1/3" not in text

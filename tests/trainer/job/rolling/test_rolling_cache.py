@@ -12,12 +12,13 @@ from trainer.data.scan import scan
 from trainer.job.prepare import cache_of
 from trainer.job.rolling import rolling_cache
 from trainer.job.rolling.rolling_cache import WHOLE, RollingCache, make_sampler, with_windows
-from trainer.spec.rules.cache_size import LEAST_BYTES, bytes_per_image
+from trainer.spec.family import base_models
+from trainer.spec.rules.cache_size import LEAST_BYTES
 from trainer.storage.run_records import RunRecord
 from trainer.training.distributed import Workers
 
 Usage = namedtuple("Usage", "total used free")
-PER_IMAGE = 128 * 128 * 4 // 8  # bytes of SDXL's latents, at the size of the pictures
+PER_IMAGE = 128 * 128 * 16 // 8  # bytes of latents of 16 channels, at the size of the pictures
 
 
 @pytest.fixture
@@ -63,11 +64,16 @@ def test_a_run_keeps_the_windows_that_it_began_with(chosen, tmp_path):
     assert chosen(free=10, limit=PER_IMAGE, record=whole) == 0
 
 
-def test_latents_are_counted_with_the_channels_of_the_vae(plan):
-    (dataset,) = plan.data.datasets
+def test_images_are_sized_by_the_footprint_of_the_base_model(plan):
     image = scan(plan.data, cpu_workers=0).images[0]
     assert rolling_cache.size_of(plan)(image) == PER_IMAGE
-    assert bytes_per_image(plan, dataset, dataset.subsets[0]) == 4 * PER_IMAGE  # before the VAE is known
+    full = dataclasses.replace(
+        plan,
+        model=dataclasses.replace(plan.model, base="sdxl"),
+        engine=dataclasses.replace(plan.engine, precision="bf16"),
+    )
+    captions = base_models()["sdxl"][1].footprint.caption_values * 2 * plan.data.datasets[0].subsets[0].caption_variants
+    assert rolling_cache.size_of(full)(image) == PER_IMAGE // 4 + captions
 
 
 def test_a_window_that_was_not_encoded_to_its_end_is_encoded_anew(plan):

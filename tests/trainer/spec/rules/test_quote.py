@@ -34,6 +34,27 @@ def test_steps_samples_loading_and_encoding_are_added_up(plan):
     )
 
 
+def test_captions_by_a_model_are_part_of_it_or_said_to_be_none(plan):
+    known = dataclasses.replace(plan, quote=dataclasses.replace(KNOWN, caption_s=1.5, captioner_s=9.0))
+    asked = {"first": 0, "total": 400, "to_caption": 6}
+    predicted = quote.predict(known, **asked, images=8, examples=EXAMPLES)
+    assert predicted.captions == 9.0 + 6 * 1.5 and predicted.total == 1087.0 + 18.0
+    assert "With captions, loading, encoding and samples that is 18 min" in quote.describe(known, predicted, **asked)[0]
+    assert of(known).captions == 0.0  # each image has one
+    unknown = quote.predict(plan, **asked, images=8, examples=EXAMPLES)
+    (line,) = quote.describe(plan, unknown, **asked)
+    assert unknown.captions == 0.0 and line.endswith("; captions and downloads come on top.")
+
+
+def test_a_limit_meets_captions_first(plan):
+    """Of 1,000 s, captions take 500 and loading 37: 463 are left for steps and samples that take 1,050."""
+    limit = {"limit_hours": 1000 / 3600, "limit": "MAX_RUNTIME=0.28"}
+    known = dataclasses.replace(KNOWN, caption_s=50.0, captioner_s=0.0, **limit)
+    limited = dataclasses.replace(plan, quote=known)
+    predicted = quote.predict(limited, first=0, total=400, images=8, examples=EXAMPLES, to_caption=10)
+    assert "at about step 176 of 400" in quote.limit_warning(limited, predicted, first=0, total=400)
+
+
 def test_a_resumed_run_pays_for_what_is_left(plan):
     assert of(plan, first=250).steps == 300.0
     assert of(plan, first=250).samples == 2 * 50.0  # at 300, and at the end

@@ -21,8 +21,8 @@ from trainer.data.captions import own_trigger
 from trainer.data.folders.own_output import Written
 from trainer.data.records import Scan
 from trainer.spec.family import CLIP_TOKENS, Facts
-from trainer.spec.plan import CaptionerPlan, DataPlan, Dataset, Plan, Source, Subset
-from trainer.spec.rules import captioners
+from trainer.spec.plan import CaptionerPlan, DataPlan, Dataset, Plan, QuotePlan, Source, Subset
+from trainer.spec.rules import captioners, quote
 from trainer.spec.values import many, show, some
 from trainer.storage.atomic import human_size
 
@@ -187,7 +187,24 @@ class Outlook:
 
     scanned: Scan
     missing: int = 0
-    lines: tuple[str, ...] = ()
+    captioner: CaptionerPlan | None = None
+
+    def lines(self, known: QuotePlan) -> list[str]:
+        """What the model has to do, and how long that takes as far as it is known."""
+        if self.captioner is None:
+            return []
+        name, total = self.captioner.name, many(len(self.scanned.images), "image")
+        made = sum(1 for image in self.scanned.images if image.captioned_by)
+        if self.missing:
+            line = f"Captions: {name} captions {self.missing} of {total} before training"
+            line += f", in at most {self.captioner.max_tokens} tokens each."
+            taken = quote.caption_seconds(known, self.missing)
+            if taken is None:
+                return [f"{line} How long that takes here is known after the first of them."]
+            return [f"{line} That takes about {quote.duration(taken)}, predicted."]
+        if made:
+            return [f"Captions: {many(made, 'image')} of {len(self.scanned.images)} have one of {name} already."]
+        return [f"Captions: {name} has nothing to do, each image has a caption."]
 
 
 def outlook(plan: Plan, scanned: Scan, *, token: str | None, hub_cache: Path) -> Outlook:
@@ -198,12 +215,4 @@ def outlook(plan: Plan, scanned: Scan, *, token: str | None, hub_cache: Path) ->
     captioner = fetching.with_known_commit(captioner, token=token, hub_cache=hub_cache)
     data = dataclasses.replace(plan.data, captioner=captioner)
     answers = known.find_answers(scanned, data, Path(plan.output.cache))
-    captioned = known.with_captions(scanned, answers, captioner)
-    count, total = len(answers.missing), len(scanned.images)
-    lines = [f"Captions: {captioner.name} has nothing to do, each image has a caption."]
-    if answers.made:
-        lines = [f"Captions: {many(len(answers.made), 'image')} of {total} have one of {captioner.name} already."]
-    if count:
-        line = f"Captions: {captioner.name} captions {count} of {many(total, 'image')} before training"
-        lines = [f"{line}, in at most {captioner.max_tokens} tokens each."]
-    return Outlook(captioned, count, tuple(lines))
+    return Outlook(known.with_captions(scanned, answers, captioner), len(answers.missing), captioner)

@@ -1,0 +1,161 @@
+"""Folders that Google Drive shares with anyone who has the link.
+
+Drive's list of a folder is a page for browsers (the one for embedding in other pages): an entry for each file and each
+folder in it, with a link and a title, and without sizes. Each file then comes as one that is shared by itself
+(`shares`).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from typing import TYPE_CHECKING
+from urllib.parse import urlencode, urlsplit
+
+from entrypoint.fetch import http
+from entrypoint.fetch.doors.offer import refusal
+from entrypoint.fetch.doors.shares import DRIVE_HOSTS, KEY, is_login
+from trainer.network import addresses
+from trainer.network.errors import TransientError
+from trainer.spec.errors import DataError, GatedError, SettingsError
+from trainer.spec.values import printable, some
+from trainer.storage.safe_names import Names, is_safe
+
+if TYPE_CHECKING:
+    import httpx
+
+log = logging.getLogger(__name__)
+LISTS = "https://drive.google.com/embeddedfolderview"
+UNKNOWN = -1  # bytes
+MOST_FILES, MOST_FOLDERS, DEEPEST = 20_000, 500, 16
+PACK = "Pack them into an archive, and share that."
+PAGE_BYTES = 2**25  # of a list; an entry has less than 1 KB
+_FOLDER = re.compile(r"/drive(?:/u/\d+)?/folders/([\w-]{10,100})/?")
+_LINKED_FOLDER = re.compile(r"https://drive\.google\.com/drive/(?:u/\d+/)?folders/([\w-]{10,100})")
+_LINKED_FILE = re.compile(r"https://drive\.google\.com/(?:a/[^/]+/)?file/(?:u/\d+/)?d/([\w-]{10,100})")
+
+
+def is_one(text: str) -> bool:
+    return "://" in text and addresses.host_of(text) in DRIVE_HOSTS and "/folders/" in urlsplit(text).path
+
+
+def number_of(named: str, text: str) -> str:
+    """Raises SettingsError, with the fix."""
+    found = _FOLDER.fullmatch(urlsplit(text).path)
+    if found is None:
+        raise SettingsError(
+            f"{named} is not written as https://drive.google.com/drive/folders/ID. Copy the link again."
+        )
+    return found[1]
+
+
+def link_of(number: str) -> str:
+    """The link that shares a file."""
+    return f"https://drive.google.com/file/d/{number}/view"
+
+
+def listed(named: str, text: str) -> Iterator[tuple[str, int, str]]:
+    """Names, UNKNOWN and numbers of all files in a folder and those below it.
+
+    Documents of Google's own are no files: a warning names them. Raises GatedError (it is not shared), SettingsError,
+    TransientError.
+    """
+    from trainer.network.client import open_client
+
+    names, others = Names(), list[str]()
+    waiting, seen = [("", number_of(named, text), 0)], set[str]()
+    count = 0
+    with open_client(timeout=http.USUAL.timeout) as client:
+        while waiting:
+            above, number, depth = waiting.pop()
+            if number in seen:  # a folder may be in several
+                continue
+            seen.add(number)
+            if len(seen) > MOST_FOLDERS or depth > DEEPEST:
+                raise SettingsError(f"{named}: more than {MOST_FOLDERS} folders, or {DEEPEST} in each other. {PACK}")
+            for title, link in _entries(named, _page(named, client, number)):
+                name = f"{above}{title}"
+                if "/" in title or not is_safe(title):
+                    raise SettingsError(f"{named}: {printable(name)} cannot be the name of a file. Rename it there.")
+                if folder := _LINKED_FOLDER.match(link):
+                    waiting.append((f"{name}/", folder[1], depth + 1))
+                elif file := _LINKED_FILE.match(link):
+                    count += 1
+                    if count > MOST_FILES:
+                        raise SettingsError(f"{named}: more than {MOST_FILES:,} files. {PACK}")
+                    _add(named, names, name)
+                    yield name, UNKNOWN, file[1]
+                else:
+                    others.append(name)
+    if others:
+        log.warning("%s: left out, since they are no files: %s.", named, some(others))
+
+
+def _add(named: str, names: Names, name: str) -> None:
+    try:
+        names.add(name, folder=False)
+    except DataError as problem:
+        raise SettingsError(f"{named}: {printable(str(problem))}. Rename it in Google Drive.") from problem
+
+
+def _page(named: str, client: httpx.Client, number: str) -> str:
+    """The list of a folder."""
+    from trainer.network.client import CONTENT, Content
+
+    url = f"{LISTS}?{urlencode({'id': number})}"
+    with client.stream("GET", url, extensions={CONTENT: Content()}) as response:
+        http.check_status(response, "Google Drive")
+        if is_login(response) or response.status_code in (401, 403):
+            raise GatedError(f"{named}: Google Drive asks for a login: the folder is not shared. Set {KEY}.")
+        if response.status_code == 404:
+            raise SettingsError(f"{named}: Google Drive has no such folder, or it is not shared. Set {KEY}.")
+        if response.status_code != 200:
+            raise refusal(named, response, key=KEY)
+        data = b""
+        for block in response.iter_bytes():
+            data += block
+            if len(data) > PAGE_BYTES:
+                raise SettingsError(f"{named}: the list of a folder is too long. {PACK}")
+    return data.decode("utf-8", "replace")
+
+
+class _List(HTMLParser):
+    """Titles and links of the entries of a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: list[tuple[str, str]] = []
+        self.is_list = False
+        self._link = ""
+        self._title: str | None = None
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        own = dict(attrs)
+        classes = (own.get("class") or "").split()
+        if "flip-entries" in classes or "flip-entry" in classes:
+            self.is_list = True
+        if tag == "a":
+            self._link = own.get("href") or ""
+        if "flip-entry-title" in classes:
+            self._title = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._title is not None:
+            self._title += data
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._title is not None and tag == "div":
+            self.entries.append((self._title.strip(), self._link))
+            self._title = None
+
+
+def _entries(named: str, page: str) -> list[tuple[str, str]]:
+    reader = _List()
+    reader.feed(page)
+    if not reader.is_list and re.search(r"(?i)sign in|need access|ServiceLogin", page):
+        raise GatedError(f"{named}: Google Drive asks for a login: the folder is not shared. Set {KEY}.")
+    if not reader.is_list and "<html" not in page.lower():
+        raise TransientError("the answer is no list of a folder")
+    return reader.entries

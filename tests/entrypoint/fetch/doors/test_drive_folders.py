@@ -1,0 +1,164 @@
+"""Folders that Google Drive shares, by the shape of its page for embedding."""
+
+from __future__ import annotations
+
+import html
+import itertools
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from entrypoint.fetch import http
+from entrypoint.fetch.doors import drive_folders, folders, shares
+from entrypoint.fetch.doors.keys import NO_KEYS
+from tests.support.shelf import Shelf
+from trainer.spec.errors import DataError, GatedError, SettingsError
+
+QUICK = http.RetryPolicy(budget=2.0, unreached=0.2, first_wait=0.01, longest_wait=0.02, timeout=5.0)
+TOP, INNER = "1Folder-0123456789", "1Inner-0123456789"
+LINK = f"https://drive.google.com/drive/folders/{TOP}"
+HTML = {"Content-Type": "text/html; charset=utf-8"}
+NOT_SHARED = "<html><title>Google Drive: Sign-in</title>Sign in to continue</html>"
+
+
+def number_of(name):
+    return f"1File-{name.encode().hex():0>12}"
+
+
+def entry(link, title):
+    return (
+        f'<div class="flip-entry" id="entry-x" tabindex="0" role="link"><div class="flip-entry-info"><a href="{link}" '
+        'target="_blank"><div class="flip-entry-visual"><div class="flip-entry-list-icon"></div></div>'
+        f'<div class="flip-entry-title">{html.escape(title)}</div></a></div>'
+        '<div class="flip-entry-last-modified"><div>Nov 3</div></div></div>'
+    )
+
+
+def file(title):
+    return entry(f"https://drive.google.com/file/d/{number_of(title)}/view?usp=drive_web", title)
+
+
+def folder(number, title):
+    return entry(f"https://drive.google.com/drive/folders/{number}", title)
+
+
+def page(*entries):
+    listed = f'<div class="flip-entries">{"".join(entries)}</div>'
+    return f"<html><head><title>photos</title></head><body>{listed}</body></html>"
+
+
+@pytest.fixture
+def drive(monkeypatch):
+    """`drive.lists`: folder → page; `drive.contents`: number of a file → bytes."""
+    with Shelf() as shelf:
+        shelf.lists, shelf.contents = {}, {}
+
+        def asked(request):
+            return parse_qs(urlsplit(request.path).query)["id"][0]
+
+        def of_list(request):
+            found = shelf.lists.get(asked(request))
+            return (404, HTML, b"") if found is None else (200, HTML, found.encode())
+
+        def of_file(request):
+            data = shelf.contents.get(asked(request))
+            if data is None:
+                return 404, HTML, b""
+            if request.headers.get("Range") == "bytes=0-0":
+                head = {"Content-Type": "image/png", "Content-Range": f"bytes 0-0/{len(data)}"}
+                return 206, head, data[:1]
+            return 200, {"Content-Type": "image/png"}, data
+
+        shelf.rules |= {"/list": of_list, "/download": of_file}
+        monkeypatch.setattr(drive_folders, "LISTS", f"{shelf.url}/list")
+        monkeypatch.setattr(shares, "DRIVE", f"{shelf.url}/download")
+        yield shelf
+
+
+def bring(tmp_path):
+    return folders.bring("X=drive", LINK, NO_KEYS, cache=tmp_path, retries=QUICK)
+
+
+def held(place):
+    found = (path for path in place.rglob("*") if path.is_file() and not path.name.startswith(".kiln"))
+    return {str(path.relative_to(place)): path.read_bytes() for path in found}
+
+
+def refused(kind, tmp_path):
+    with pytest.raises(kind) as problem:
+        bring(tmp_path)
+    assert str(problem.value).startswith("X=")
+    return str(problem.value)
+
+
+def test_all_files_of_a_folder_and_of_those_in_it_come_once(drive, tmp_path):
+    document = entry("https://docs.google.com/document/d/1Doc-0123456789/edit", "notes")
+    drive.lists[TOP] = page(file("Tom & Jerry é.png"), folder(INNER, "sub"), document)
+    drive.lists[INNER] = page(file("2.txt"), folder(TOP, "back"))  # in a circle
+    drive.contents = {number_of("Tom & Jerry é.png"): b"picture", number_of("2.txt"): b"caption"}
+    place = bring(tmp_path)
+    assert held(place) == {"Tom & Jerry é.png": b"picture", "sub/2.txt": b"caption"}
+    before = len(drive.asked)
+    assert bring(tmp_path) == place
+    assert {path.partition("?")[0] for _, path, _ in drive.asked[before:]} == {"/list"}
+
+
+def test_what_is_no_file_is_named(drive, tmp_path, caplog):
+    drive.lists[TOP] = page(file("a.png"), entry("https://docs.google.com/document/d/1Doc-0123456789/edit", "notes"))
+    drive.contents[number_of("a.png")] = b"1"
+    bring(tmp_path)
+    assert "left out, since they are no files: notes" in caplog.text
+
+
+def test_a_job_that_was_stopped_asks_for_what_is_missing_alone(drive, tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "PARALLEL_FILES", 1)
+    drive.lists[TOP] = page(file("a.png"), file("b.png"))
+    drive.contents[number_of("a.png")] = b"1"
+    refused(SettingsError, tmp_path)  # b.png is not there yet
+    drive.contents[number_of("b.png")] = b"22"
+    before = len(drive.asked)
+    assert held(bring(tmp_path)) == {"a.png": b"1", "b.png": b"22"}
+    assert not any(number_of("a.png") in path for _, path, _ in drive.asked[before:])
+
+
+@pytest.mark.parametrize("title", ["../out.png", "a/b.png", "..", "nul\x01.png", "x" * 300])
+def test_names_that_lead_out_or_are_none_are_refused(drive, tmp_path, title):
+    drive.lists[TOP] = page(file(title))
+    assert "Rename it" in refused(SettingsError, tmp_path)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_two_files_of_one_name_are_refused(drive, tmp_path):
+    drive.lists[TOP] = page(file("a.png"), file("a.png"))
+    assert "Rename it in Google Drive" in refused(SettingsError, tmp_path)
+
+
+def test_what_is_not_shared_says_so(drive, tmp_path):
+    assert "not shared" in refused(SettingsError, tmp_path)
+    drive.lists[TOP] = NOT_SHARED
+    assert "anyone with the link" in refused(GatedError, tmp_path)
+    drive.rules["/list"] = lambda _: (302, {"Location": "/ServiceLogin?continue=x"}, b"")
+    drive.rules["/ServiceLogin"] = lambda _: (200, HTML, NOT_SHARED.encode())
+    assert "anyone with the link" in refused(GatedError, tmp_path)
+
+
+def test_an_empty_folder_is_no_dataset(drive, tmp_path):
+    drive.lists[TOP] = page()
+    refused(DataError, tmp_path)
+
+
+def test_folders_without_end_end(drive, tmp_path, monkeypatch):
+    monkeypatch.setattr(drive_folders, "MOST_FOLDERS", 5)
+    numbers = [f"1Deep-{number:010}" for number in range(20)]
+    drive.lists[TOP] = page(folder(numbers[0], "d"))
+    for number, following in itertools.pairwise(numbers):
+        drive.lists[number] = page(folder(following, "d"))
+    assert "archive" in refused(SettingsError, tmp_path)
+    assert len(drive.asked) == 5
+
+
+@pytest.mark.parametrize(("what", "most"), [("MOST_FILES", 1), ("PAGE_BYTES", 500)])
+def test_lists_without_end_end(drive, tmp_path, monkeypatch, what, most):
+    monkeypatch.setattr(drive_folders, what, most)
+    drive.lists[TOP] = page(file("a.png"), file("b.png"))
+    assert "archive" in refused(SettingsError, tmp_path)
