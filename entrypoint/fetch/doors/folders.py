@@ -10,7 +10,7 @@ import re
 import shutil
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -79,15 +79,25 @@ def missing(named: str, location: str, keys: Keys, *, cache: Path, retries: Retr
     return folder, [] if completed(folder) is not None else found
 
 
-def bring(named: str, location: str, keys: Keys, *, cache: Path, retries: RetryPolicy) -> Path:
+def bring(
+    named: str,
+    location: str,
+    keys: Keys,
+    *,
+    cache: Path,
+    retries: RetryPolicy,
+    stream: Callable[[list[Listed]], Path | None] = lambda _: None,
+) -> Path:
     """The folder with the files, downloaded unless the same ones are here.
 
-    Each file that has come stays where a job is stopped. Raises DataError, GatedError, SettingsError, UnreachableError,
-    StorageError.
+    `stream`: gives the folder for files that are not to be downloaded now; None: they are. Each file that has come
+    stays where a job is stopped. Raises DataError, GatedError, SettingsError, UnreachableError, StorageError.
     """
     place = _place(location, cache, keys.clouds)
     with locked(place / "lock") as has_lock:
         folder, found = missing(named, location, keys, cache=cache, retries=retries)
+        if found and (streamed := stream(found)):
+            return streamed
         if found:
             # Without locks, another job may be at work on files of the same names.
             staging = place / ("files" if has_lock else f"files-{uuid.uuid4().hex[:8]}")
@@ -118,29 +128,20 @@ def _fill(
     """
     from trainer.network.client import open_client
 
-    requests = _Requests(named, location, keys, retries)
     cancelled = retries.cancelled or threading.Event()
+    requests = Requests(named, location, keys, replace(retries, cancelled=cancelled))
     progress = http.Progress(named, sum(max(0, size) for _, size, _ in found))
 
-    def refuse(response: httpx.Response) -> None:
-        raise refusal(named, response, key=requests.key)
-
-    def one(name: str, size: int, version: str) -> None:
-        url, headers = requests.of(name, version)
-        staged = _staged(staging, name, version)
-        part = staged.with_suffix(".part")
-        stated = version if requests.states_versions and not DATE.match(version) else None
-        job = http.Download(
-            url, staged, part, f"{named}: {name}", headers, size=size if size >= 0 else None, version=stated
-        )
-        http.download(client, job, retries=retries, refuse=refuse, progress=progress, cancelled=cancelled)
+    def one(row: Listed) -> None:
+        staged = _staged(staging, row[0], row[2])
+        requests.bring(client, row, path=staged, part=staged.with_suffix(".part"), progress=progress)
 
     with open_client(timeout=retries.timeout) as client:
         jobs = []
         for name, size, version in found:
             # Of an empty file there is nothing to ask for; some are the marks of empty folders.
             if size != 0 and not _is_here(_staged(staging, name, version), size):
-                jobs.append(partial(one, name, size, version))
+                jobs.append(partial(one, (name, size, version)))
         http.in_parallel(jobs, workers=PARALLEL_FILES, cancelled=cancelled)
     try:
         for name, size, version in found:
@@ -154,23 +155,38 @@ def _fill(
     return {"files": len(found)}
 
 
-class _Requests:
-    """How the files below a name are asked for. `states_versions`: with the versions that the list has."""
+class Requests:
+    """How the files below a name are asked for, with the keys of their service."""
 
     def __init__(self, named: str, location: str, keys: Keys, retries: RetryPolicy) -> None:
         self._named, self._keys, self._retries = named, keys, retries
         self._hub: hub_buckets.HubPlace | None = None
         self._place: buckets.Place | None = None
-        self.states_versions = False
+        self._states_versions = False  # whether an answer has the version that the list has
         if drive_folders.is_one(location):
-            self.key = shares.KEY
+            self._key = shares.KEY
         elif hub_buckets.is_one(location):
-            self._hub, self.key = hub_buckets.parse(named, location), hub_buckets.KEY
+            self._hub, self._key = hub_buckets.parse(named, location), hub_buckets.KEY
         else:
             self._place = buckets.parse(named, location)
-            self.key, self.states_versions = buckets.KEY_OF[self._place.service], True
+            self._key, self._states_versions = buckets.KEY_OF[self._place.service], True
 
-    def of(self, name: str, version: str) -> tuple[str, Mapping[str, str]]:
+    def bring(
+        self, client: httpx.Client, row: Listed, *, path: Path, part: Path, progress: http.Progress | None = None
+    ) -> None:
+        """Download one of the files to `path`. Raises what `http.download` raises, and refusals."""
+        name, size, version = row
+        what = f"{self._named}: {name}"
+
+        def refuse(response: httpx.Response) -> None:
+            raise refusal(what, response, key=self._key)
+
+        url, headers = self._address(name, version)
+        stated = version if self._states_versions and not DATE.match(version) else None
+        job = http.Download(url, path, part, what, headers, size=size if size >= 0 else None, version=stated)
+        http.download(client, job, retries=self._retries, refuse=refuse, progress=progress)
+
+    def _address(self, name: str, version: str) -> tuple[str, Mapping[str, str]]:
         """The address and the headers for a file. Of one in Google Drive, its version is its number there."""
         if self._hub is not None:
             headers = {"Authorization": f"Bearer {self._keys.hub}"} if self._keys.hub else {}
