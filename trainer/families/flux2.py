@@ -5,7 +5,7 @@ hidden states, side by side, are the text. All blocks of a kind share one modula
 by channel, after 2 x 2 of them have become one, by the running statistics of the VAE's BatchNorm.
 
 dev differs from klein in two things: it is told the guidance, and so draws without a negative caption; and its language
-model is Mistral Small 3.1 and not Qwen3. So it has facts, a template and a pipeline of its own, and all else is one.
+model is a Mistral and not Qwen3. So it has facts, a template and a pipeline of its own, and all else is one.
 
 torch and diffusers are imported inside the functions: a plan needs only FACTS.
 

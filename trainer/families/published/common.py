@@ -119,7 +119,8 @@ QWEN3_VL_4B: Config = {
     "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
 }
 
-# Mistral Small 3.1's language model without its last ten layers, which FLUX.2 does not read and ComfyUI's file lacks.
+# FLUX.2-dev's language model (Mistral Small's sizes) without its last ten layers, which FLUX.2 does not read and
+# ComfyUI's file lacks.
 MISTRAL_SMALL: Config = {
     "architectures": ["MistralModel"],
     "model_type": "mistral",
