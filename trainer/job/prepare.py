@@ -27,7 +27,8 @@ from trainer.data.scan import cpu_workers, scan
 from trainer.job.reporting.dataset_view import write_dataset_view
 from trainer.job.reporting.status import Status
 from trainer.spec.errors import DataError
-from trainer.spec.family import facts_of, get_family
+from trainer.spec.family import base_models, facts_of, get_family
+from trainer.spec.memory_model import captions_at_once
 from trainer.spec.plan import AUTO, DataPlan, Plan, Prompt
 from trainer.spec.rules import automatic, outlook, quote, sanity
 from trainer.storage import own_files
@@ -251,17 +252,19 @@ def fill_cache(data: PreparedData, *, check_in: Callable[[], None], share: Share
     family = get_family(plan.model.family)
     model = Path(plan.model.path)
     captions = itertools.chain(data.sampler.all_captions(), prompt_texts(plan.prompts))
+    engine = plan.engine
+    footprint = base_models()[plan.model.base][1].footprint
     fill_texts(
         data.cache,
         captions,
         family=family,
         model=model,
-        engine=plan.engine,
+        engine=engine,
         check_in=check_in,
         max_tokens=plan.train.max_token_length,
+        at_once=captions_at_once(footprint, engine.precision, streamed=engine.stream_encoders),
         share=share,
     )
-    engine = plan.engine
     fill_images(data.cache, data.sampler, family=family, model=model, engine=engine, check_in=check_in, share=share)
 
 

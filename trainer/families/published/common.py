@@ -142,6 +142,18 @@ MISTRAL_SMALL: Config = {
     "eos_token_id": 2,
 }
 
+
+def caption_gib(encoder: Config, *, tokens: int, states: int = 0) -> float:
+    """GiB in 16 bits that a language model works with for a caption of so many tokens, as an upper bound.
+
+    `states`: hidden states that are kept to the end, with those that are put side by side. A layer works with some six
+    more of them (its input, normalised in fp32; queries, keys and values), and with three tensors of its MLP: the gate,
+    the other product, and the product of both.
+    """
+    numbers = (states + 6) * encoder["hidden_size"] + 3 * encoder["intermediate_size"]
+    return float(tokens * numbers * 2 / 2**30)
+
+
 # ---- VAE
 
 
