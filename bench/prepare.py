@@ -27,7 +27,8 @@ from trainer.data import encode
 from trainer.data.epochs import EpochSampler
 from trainer.job import prepare
 from trainer.job.handover import HandedOver, hand_over, receive
-from trainer.spec.family import get_family
+from trainer.spec.family import base_models, get_family
+from trainer.spec.memory_model import captions_at_once
 from trainer.spec.plan import DataPlan, Dataset, EnginePlan, Source, Subset
 
 
@@ -53,7 +54,9 @@ def member(asked: argparse.Namespace, size: int) -> None:
     scanned = time.monotonic()
     share = workers.share_cache(with_first=True)
     common: dict[str, Any] = {"family": family, "model": model, "engine": engine, "check_in": lambda: None}
-    encode.fill_texts(cache, sampler.all_captions(), **common, share=share)
+    footprint = base_models()[base_of(asked.family)][1].footprint if asked.model else None
+    at_once = captions_at_once(footprint, "bf16", streamed=False)
+    encode.fill_texts(cache, sampler.all_captions(), **common, at_once=at_once, share=share)
     workers.wait_for_all(lambda: None)
     captions_encoded = time.monotonic()
     encode.fill_images(cache, sampler, **common, share=share)

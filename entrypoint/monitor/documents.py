@@ -30,6 +30,7 @@ SAID: dict[str, type | UnionType] = {
     "output": str,
     "exit_code": int,
     "message": str,
+    "risen": str,
 }
 # What can be downloaded beside the LoRA files and the samples: those of the job, then those of the run.
 JOB_FILES = (RUN_LOG, "status.json")
@@ -97,8 +98,9 @@ def _said(status: Mapping[str, Any]) -> Document:
         value = status.get(key)
         if isinstance(value, kind):
             found[key] = value
-    if "message" in found:
-        found["message"] = clean(found["message"])
+    for key in ("message", "risen"):
+        if key in found:
+            found[key] = clean(found[key])
     return found
 
 

@@ -208,7 +208,7 @@ def _model_bytes(
         logger.info("To fetch for the model: nothing. %s is here.", folder)
         return answers.of(_weight_bytes, folder) + converted_bytes
     repo = fetch.model_repo(model, token=token, hub_cache=hub_cache, retries=retries)
-    cached = answers.of(fetch.cached_model, repo, patterns, facts, by=(repo, patterns, model.family))
+    cached = answers.of(fetch.cached_model, repo, patterns, facts, by=(repo, patterns, model.base))
     if cached is not None:
         logger.info("To fetch for the model: nothing. HF_HOME has %s at commit %s.", repo.name, cached.commit[:12])
         return answers.of(_weight_bytes, cached.folder) + converted_bytes

@@ -17,7 +17,10 @@ LANGUAGE_MODELS = ("qwen3", "qwen2_5_vl", "qwen3_vl", "mistral3")
 VARIABLES = {"denoiser": "MODEL_PATH", "vae": "VAE_PATH", "clip_l": "CLIP_L_PATH", "clip_g": "CLIP_G_PATH"}
 VARIABLES |= {"t5": "T5_PATH"} | dict.fromkeys(LANGUAGE_MODELS, "TEXT_ENCODER_PATH")
 PART_NAMES = {"denoiser": "the denoiser", "vae": "a VAE", "clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
-PART_NAMES |= {"qwen3": "Qwen3", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL", "mistral3": "Mistral Small 3.1"}
+PART_NAMES |= {"qwen3": "Qwen3", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
+# Mistral Small 3.1 and 3.2 have the same shapes, and sources disagree on whose weights FLUX.2-dev has: the code of its
+# makers loads 3.2's, and of 3.1 only the processor.
+PART_NAMES["mistral3"] = "the text encoder of FLUX.2-dev"
 CLIPS = ("clip_l", "clip_g")
 LARGE_LAYER = 2**16  # weights; a smaller tensor of integers may be a mark or a table of positions
 SCALES = (".scale_weight", ".weight_scale")  # of a layer in FP8
@@ -248,9 +251,9 @@ QWEN3_LAYERS = tuple(f"{level}layers.0.self_attn.q_norm.weight" for level in LEV
 QWEN2_5_VL_LAYERS = tuple(f"{level}layers.0.self_attn.q_proj.bias" for level in LEVELS)
 # Of what reads images in Qwen3-VL, whose language model has the same layers as Qwen3.
 QWEN3_VL_LAYERS = tuple(f"{level}visual.deepstack_merger_list.0.norm.weight" for level in ("", "model."))
-# Of Mistral and Llama, which lack Qwen's norms and biases. Llama has other numbers of tokens.
+# Of Mistral, Llama and Gemma 2, which lack Qwen's norms and biases, and have other numbers of tokens than FLUX.2-dev's.
 PLAIN_LAYERS = tuple(f"{level}layers.0.self_attn.q_proj.weight" for level in LEVELS)
-LLAMA_TOKENS = (32000, 128256)
+MISTRAL_TOKENS = 131072
 LANGUAGE_TOKENS = tuple(f"{level}embed_tokens.weight" for level in LEVELS)
 LANGUAGE_GATES = tuple(f"{level}layers.0.mlp.gate_proj.weight" for level in LEVELS)
 VAE_LAYERS = ("decoder.conv_in.weight", "decoder.conv1.weight")  # the latter: of Wan, and so of Qwen-Image
@@ -258,7 +261,7 @@ VAE_LAYERS = ("decoder.conv_in.weight", "decoder.conv1.weight")  # the latter: o
 SIZE_NAMES = {
     "qwen3": {1024: "Qwen3-0.6B", 2048: "Qwen3-1.7B", 2560: "Qwen3-4B", 4096: "Qwen3-8B", 5120: "Qwen3-14B"},
     "qwen3_vl": {2048: "Qwen3-VL-2B", 2560: "Qwen3-VL-4B", 4096: "Qwen3-VL-8B", 5120: "Qwen3-VL-32B"},
-    "mistral3": {3072: "Ministral 3B", 4096: "Mistral 7B or Ministral 8B", 5120: "Mistral Small 3.1"},
+    "mistral3": {3072: "Ministral 3B", 4096: "Ministral 8B", 5120: PART_NAMES["mistral3"]},
 }
 T5_LAYER = "encoder.block.0.layer.0.SelfAttention.q.weight"
 T5_TOKENS = ("shared.weight", "encoder.embed_tokens.weight")
@@ -276,7 +279,7 @@ def part_of(entries: Entries) -> str | None:
         return "qwen2_5_vl"
     if any(name in entries for name in PLAIN_LAYERS):
         tokens = _first_shape(entries, LANGUAGE_TOKENS)
-        return None if tokens is not None and tokens[0] in LLAMA_TOKENS else "mistral3"
+        return "mistral3" if tokens is not None and tokens[0] == MISTRAL_TOKENS else None
     if any(name in entries for name in CLIP_LAYERS):
         shape = _first_shape(entries, TOKENS)
         return "clip_l" if shape is None or shape[-1] <= CLIP_L_WIDTH else "clip_g"
@@ -310,6 +313,8 @@ def part_problem(
         return "is CLIP's image encoder. Fix: the text encoder's file"
     if actual is None and any(name.startswith("decoder.") for name in entries) and part == "vae":
         return "is a decoder that only draws previews. Fix: a VAE with its encoder"
+    if actual is None and any(name in bare for name in PLAIN_LAYERS):
+        return f"is not {PART_NAMES[part]}, but a language model that no base model reads captions by"
     if actual is None:
         return f"is not {PART_NAMES[part]}: it has none of its layers"
     same = actual == part or (actual in CLIPS and part in CLIPS and published is None)

@@ -22,13 +22,12 @@ from trainer.engine.device import release
 from trainer.engine.encoders import load_text_encoders
 from trainer.spec.errors import DataError
 from trainer.spec.family import CLIP_TOKENS, Family
-from trainer.spec.memory_model import ENCODE_BATCH_MEGAPIXELS
+from trainer.spec.memory_model import CAPTIONS_AT_ONCE, ENCODE_BATCH_MEGAPIXELS
 from trainer.spec.plan import EnginePlan, Prompt
 from trainer.storage import digests
 
 log = logging.getLogger(__name__)
 PIECE = 1 << 15  # views, or captions, that are looked for in the cache at once
-CAPTION_BATCH_SIZE = 16  # captions encoded together: of T5, 16 × 512 tokens, which is enough to keep a GPU busy
 
 
 def open_cache(folder: Path, model: Path, *, family: str, precision: str, max_tokens: int = CLIP_TOKENS) -> Cache:
@@ -64,11 +63,13 @@ def fill_texts(
     engine: EnginePlan,
     check_in: Callable[[], None],
     max_tokens: int = CLIP_TOKENS,
+    at_once: int = CAPTIONS_AT_ONCE,
     share: Share = caching.ALONE,
 ) -> None:
     """Encode the captions that the cache lacks; a caption may come more than once.
 
-    `check_in` is called between batches and may raise. `share`: this process's part, which may be nothing.
+    `at_once`: how many are encoded together (`memory_model.captions_at_once`). `check_in` is called between batches and
+    may raise. `share`: this process's part, which may be nothing.
     """
     # Streamed encoders stay in the host's memory, which may not have room for a copy of each process.
     own_share = caching.ALONE if engine.stream_encoders else share
@@ -83,7 +84,7 @@ def fill_texts(
         total += len(unique)
         missing = caching.find_missing(unique, cache.text_path, share, has=cache.has)
         lacking += len(missing)
-        if is_idle or own_share.index * CAPTION_BATCH_SIZE >= len(missing):
+        if is_idle or own_share.index * at_once >= len(missing):
             continue  # all is there, or others' work
         if encoders is None:
             encoders = load_text_encoders(family, model, engine)
@@ -91,7 +92,7 @@ def fill_texts(
             cache,
             missing,
             encode=partial(family.encode_text, encoders, max_tokens=max_tokens),
-            batch_size=CAPTION_BATCH_SIZE,
+            batch_size=at_once,
             check_in=check_in,
             share=own_share,
             packed=len(unique) >= caching.PACKED_FROM,

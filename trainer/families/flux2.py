@@ -5,7 +5,7 @@ hidden states, side by side, are the text. All blocks of a kind share one modula
 by channel, after 2 x 2 of them have become one, by the running statistics of the VAE's BatchNorm.
 
 dev differs from klein in two things: it is told the guidance, and so draws without a negative caption; and its language
-model is Mistral Small 3.1 and not Qwen3. So it has facts, a template and a pipeline of its own, and all else is one.
+model is a Mistral and not Qwen3. So it has facts, a template and a pipeline of its own, and all else is one.
 
 torch and diffusers are imported inside the functions: a plan needs only FACTS.
 
@@ -21,9 +21,11 @@ from trainer.base_model import configs
 from trainer.families import common
 from trainer.families.published import flux2 as published
 from trainer.families.published import licences
+from trainer.families.published.common import MISTRAL_SMALL, QWEN3_4B, QWEN3_8B, caption_gib
 from trainer.spec.family import (
     CLIP_TOKENS,
     BaseModel,
+    Config,
     Facts,
     Footprint,
     LoraKeys,
@@ -47,7 +49,14 @@ DEV_MINIATURE = str(Path(__file__).with_name("miniatures") / "flux2_dev")
 
 
 def _footprint(
-    *, width: int, double: int, single: int, other_weights: float, text_width: int, encoder_weights: float
+    *,
+    width: int,
+    double: int,
+    single: int,
+    other_weights: float,
+    encoder: Config,
+    encoder_weights: float,
+    states: tuple[int, ...] = published.KLEIN_STATES,
 ) -> Footprint:
     """Of a model of so many blocks. The numbers of weights are those of the architecture.
 
@@ -67,7 +76,7 @@ def _footprint(
         peft_weights_per_rank=(38 * double + 15 * single) * width,
         region_count=blocks,
         text_tokens=TEXT_TOKENS,
-        caption_values=TEXT_TOKENS * published.STATES * text_width,
+        caption_values=TEXT_TOKENS * published.STATES * encoder["hidden_size"],
         latent_channels=32,
         saved_gib={
             "none": (16.3 * double + 14.1 * single) * gib_per_kilotoken,
@@ -81,13 +90,23 @@ def _footprint(
         fp8_weights=(26 * double + 13 * single) * width**2,
         encoder_weights=encoder_weights,
         hidden_size=width,
+        # Kept are the embeddings and what each layer gives; then those that are read stand side by side.
+        caption_gib=caption_gib(encoder, tokens=TEXT_TOKENS, states=1 + states[-1] + published.STATES),
         unfused_factor=(25.4 * double + 26.2 * single) / (16.3 * double + 14.1 * single),
     )
 
 
-KLEIN_4B = _footprint(width=3072, double=5, single=20, other_weights=0.195e9, text_width=2560, encoder_weights=4.02e9)
-KLEIN_9B = _footprint(width=4096, double=8, single=24, other_weights=0.354e9, text_width=4096, encoder_weights=7.57e9)
-DEV = _footprint(width=6144, double=8, single=48, other_weights=0.816e9, text_width=5120, encoder_weights=17.34e9)
+KLEIN_4B = _footprint(width=3072, double=5, single=20, other_weights=0.195e9, encoder=QWEN3_4B, encoder_weights=4.02e9)
+KLEIN_9B = _footprint(width=4096, double=8, single=24, other_weights=0.354e9, encoder=QWEN3_8B, encoder_weights=7.57e9)
+DEV = _footprint(
+    width=6144,
+    double=8,
+    single=48,
+    other_weights=0.816e9,
+    encoder=MISTRAL_SMALL,
+    encoder_weights=17.34e9,
+    states=published.DEV_STATES,
+)
 
 
 class _Reader(NamedTuple):

@@ -24,6 +24,7 @@ from trainer.base_model import configs
 from trainer.families import common, qwen_vae
 from trainer.families.published import krea2 as published
 from trainer.families.published import licences
+from trainer.families.published.common import QWEN3_VL_4B, caption_gib
 from trainer.families.qwen_image import AFTER, BEFORE, DROPPED_TOKENS  # the same template
 from trainer.spec.family import (
     CLIP_TOKENS,
@@ -68,6 +69,7 @@ FOOTPRINT = Footprint(
     fp8_weights=12.499e9,
     encoder_weights=4.02e9,
     hidden_size=6144,
+    caption_gib=caption_gib(QWEN3_VL_4B, tokens=34 + 512, states=1 + 36 + 12),  # all are kept, and 12 put together
     unfused_factor=1.87,
 )
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.families import common, qwen_vae
 from trainer.families.published import licences
 from trainer.families.published import qwen_image as published
+from trainer.families.published.common import QWEN2_5_VL_7B, caption_gib
 from trainer.spec.family import (
     CLIP_TOKENS,
     BaseModel,
@@ -61,6 +62,7 @@ FOOTPRINT = Footprint(
     fp8_weights=13.590e9,
     encoder_weights=7.07e9,
     hidden_size=3072,
+    caption_gib=caption_gib(QWEN2_5_VL_7B, tokens=34 + 512),  # with those before it
     unfused_factor=1.83,
 )
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.families import common
 from trainer.families.published import licences
 from trainer.families.published import z_image as published
+from trainer.families.published.common import QWEN3_4B, caption_gib
 from trainer.spec.family import (
     CLIP_TOKENS,
     BaseModel,
@@ -61,6 +62,7 @@ FOOTPRINT = Footprint(
     fp8_weights=6.016e9,
     encoder_weights=4.02e9,
     hidden_size=3840,
+    caption_gib=caption_gib(QWEN3_4B, tokens=512),
     unfused_factor=2.3,
 )
 

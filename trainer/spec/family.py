@@ -76,6 +76,7 @@ class Footprint:
     fp8_weights: float  # weights of the layers that multiply in FP8: all in the blocks but the modulations
     encoder_weights: float  # weights of the text encoders
     hidden_size: int  # the shorter side of most linear layers in the blocks
+    caption_gib: float = 0.03  # GiB in 16 bits that the text encoders work with for a caption as long as any
     capture_gib: float = 2.5  # GiB that CUDA graphs take besides, where the step recomputes
     graph_gib: float = 0.025  # GiB of the driver for each captured graph (`python -m bench shapes`)
     unfused_factor: float = 1.45  # saved_gib["none"] is this times as large without the norms and GELUs fused for FP8

@@ -87,7 +87,8 @@ ENCODE_GIB_PER_MEGAPIXEL = 2.6
 DECODE_GIB_PER_MEGAPIXEL = 3.2
 TILED_DECODE_GIB = 1.0  # decoding in tiles of 512 pixels
 ENCODE_BATCH_MEGAPIXELS = 2.0  # millions of pixels that the VAE encodes at once, if memory allows
-TEXT_OVERHEAD_GIB = 0.5  # activations of the text encoders
+TEXT_OVERHEAD_GIB = 0.5  # activations of the text encoders where they are whole on the device
+CAPTIONS_AT_ONCE = 16  # that are encoded together: of T5, 16 × 512 tokens, which is enough to keep a GPU busy
 STREAMED_ENCODER_DIVISOR = 12  # two of T5-XXL's 24 layers are on the device at once
 
 
@@ -426,6 +427,23 @@ def fastest_batch(footprint: Footprint, tried: Iterable[tuple[Workload, Strategy
     return fastest
 
 
+def captions_at_once(footprint: Footprint | None, precision: str, *, streamed: bool) -> int:
+    """How many captions the text encoders encode together.
+
+    Where they are whole on the device, as many as TEXT_OVERHEAD_GIB has room for, and one at least. Where they are
+    streamed there is more room, and each batch brings all layers from the host.
+    `footprint`: None for a miniature.
+    """
+    if footprint is None or streamed:
+        return CAPTIONS_AT_ONCE
+    fitting = TEXT_OVERHEAD_GIB / _caption_gib(footprint, precision)
+    return max(1, min(CAPTIONS_AT_ONCE, int(fitting)))
+
+
+def _caption_gib(footprint: Footprint, precision: str) -> float:
+    return footprint.caption_gib * _activation_bytes(precision) / 2
+
+
 def phase_peaks_gib(
     footprint: Footprint,
     workload: Workload,
@@ -442,6 +460,8 @@ def phase_peaks_gib(
     and images encoded one by one. `drawn_pixels`: of the largest sample. `encoded_pixels`: of the largest image.
     """
     encoders_gib = footprint.encoder_weights * _activation_bytes(strategy.precision) / GIB
+    captions = captions_at_once(footprint, strategy.precision, streamed=streamed)
+    captions_gib = max(TEXT_OVERHEAD_GIB, captions * _caption_gib(footprint, strategy.precision))
     images_at_once = 1 if tiled else math.ceil(ENCODE_BATCH_MEGAPIXELS * 1e6 / encoded_pixels)
     decode_gib = TILED_DECODE_GIB if tiled else DECODE_GIB_PER_MEGAPIXEL * drawn_pixels / 2**20
     frozen_gib = weights_gib(
@@ -453,7 +473,7 @@ def phase_peaks_gib(
         shards=workload.shards,
     )
     return {
-        "texts": TEXT_OVERHEAD_GIB + (encoders_gib / STREAMED_ENCODER_DIVISOR if streamed else encoders_gib),
+        "texts": captions_gib + (encoders_gib / STREAMED_ENCODER_DIVISOR if streamed else encoders_gib),
         "latents": VAE_GIB + ENCODE_GIB_PER_MEGAPIXEL * images_at_once * encoded_pixels / 2**20,
         "training": strategy.gib,
         "samples": frozen_gib + trained_gib(footprint, workload) + VAE_GIB + decode_gib,

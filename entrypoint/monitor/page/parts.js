@@ -68,8 +68,7 @@ function facts(status, series) {
   add(status.ended ? "This start took" : "This start", status.seconds === undefined ? "" : duration(status.seconds));
   add(status.ended ? "Cost" : "Cost so far", status.cost === undefined ? "" : status.cost.toFixed(2));
   add("Cost at the end, about", status.cost_at_end === undefined ? "" : status.cost_at_end.toFixed(2));
-  const risen = series.risen();
-  const worse = risen ? `; risen from ${figure(risen[0])} to ${figure(risen[1])}: compare the samples` : "";
+  const worse = status.risen ? `; ${status.risen}: compare the samples` : "";
   add("Loss, smoothed", `${figure(series.lossAt(Infinity, smoothing()))}${worse}`);
   const validation = series.validation.at(-1);
   if (validation) {

@@ -1,8 +1,5 @@
 // The numbers of the run as the charts want them: what came at first, thinned, and every row since.
 const MOST_POINTS = 4000; // then neighbours are joined
-const FIRST = 20; // points
-const STRETCH = 30; // points at least
-const RISEN = 2.5; // times
 
 export class Series {
   constructor() {
@@ -58,27 +55,10 @@ export class Series {
     return lastUpTo(smooth, step);
   }
 
-  // The medians of the first and the last losses where these are far higher (trainer/spec/messages/trend.py); else null.
-  risen() {
-    const losses = this.points("loss").map(([, loss]) => loss);
-    if (losses.length < 2 * STRETCH) {
-      return null;
-    }
-    const steps = Math.max(STRETCH, Math.floor(losses.length / 4));
-    const [first, last] = [median(losses.slice(0, FIRST)), median(losses.slice(-steps))];
-    return first > 0 && last >= RISEN * first ? [first, last] : null;
-  }
-
   validationAt(step) {
     const exact = this.validation.find(([at]) => at === step);
     return exact ? exact[1] : null;
   }
-}
-
-function median(values) {
-  const sorted = [...values].sort((a, b) => a - b);
-  const middle = sorted.length / 2;
-  return (sorted[Math.ceil(middle) - 1] + sorted[Math.floor(middle)]) / 2;
 }
 
 function mean(a, b) {

@@ -9,6 +9,7 @@ factor of two (tests/entrypoint/planning/captions/test_caption_time.py).
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from entrypoint.system.speeds import Speed, speed_of
 from trainer.base_model import configs
 from trainer.captioning import kinds
 from trainer.data.scan import MAX_CPU_WORKERS
+from trainer.spec.errors import SettingsError
 from trainer.spec.plan import CaptionerPlan
 from trainer.spec.rules import captioners
 from trainer.spec.rules.captioners import FLORENCE2, LLAVA, QWEN3_VL, TAGGER, Size
@@ -69,10 +71,24 @@ def _language_model(size: Size, tokens: float, speed: Speed, *, memory_gib: floa
 
 
 def size_of(captioner: CaptionerPlan) -> Size | None:
-    """The size of a model that has a short name, or is a folder. Raises SettingsError for a folder without a model."""
+    """The size of a model that has a short name, or is a folder.
+
+    None for a folder that holds no model, or a damaged one: `preflight` names that together with all other problems.
+    """
     if not captioner.path:
         return captioners.SIZES.get(captioner.source)
-    folder, variable = Path(captioner.path), kinds.named(captioner)
+    try:
+        return _size_in(Path(captioner.path), kinds.named(captioner))
+    except (SettingsError, OSError):
+        return None
+
+
+@cache
+def _size_in(folder: Path, variable: str) -> Size | None:
+    """The size of the model in a folder. Raises SettingsError, or OSError, for one that cannot be read.
+
+    Read once: a plan is made for each machine on offer.
+    """
     kind = kinds.kind_of(folder, variable=variable)
     if kind == TAGGER:
         return Size(kind, (folder / captioners.ONNX).stat().st_size // 4, 0)

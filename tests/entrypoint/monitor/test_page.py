@@ -10,6 +10,7 @@ from entrypoint.monitor.actions import Actions
 from tests.support.finished_runs import finished_run, write_sample
 from tests.support.monitor import TOKEN, serving
 from trainer.process.vitals import SAVE, STOP, VARIABLE, Vitals
+from trainer.spec.messages import trend
 from trainer.spec.messages.noise_bands import KEYS
 
 if browser.find() is None:
@@ -156,17 +157,14 @@ def test_what_the_job_writes_appears(page, opened):
     assert texts(opened, "#steps") == ["step 41"] and texts(opened, ".two .side")[1] == "step 41"
 
 
-def test_a_loss_that_has_risen_is_said_beside_it(page, opened):
+def test_a_loss_that_has_risen_is_said_beside_it_in_the_words_of_the_log(page, opened):
     value = "[...document.querySelectorAll('#facts div')].find((fact) => fact.textContent.startsWith('Loss'))"
-    assert "risen" not in opened.value(f"{value}.textContent")  # forty steps that fall
-    rows = []
-    for step in range(41, 141):
-        rows.append(json.dumps({"step": step, "epoch": 1, "lr": 1e-4, "loss": 4.0, "grad_norm": 0.5, "time": 1.0}))
-    with (page.folder / "metrics.jsonl").open("a") as file:
-        file.write("\n" + "\n".join(rows) + "\n")
+    assert "risen" not in opened.value(f"{value}.textContent")
+    status = json.loads((page.folder / "status.json").read_text())
+    risen = str(trend.Risen(0.5, 4.0, 30))
+    (page.folder / "status.json").write_text(json.dumps({**status, "risen": risen}))
     opened.wait_for(f"{value}.textContent.includes('compare the samples')")
-    # The median of the first 20 is that of 1/10 and 1/11.
-    assert "risen from 0.09545 to 4:" in opened.value(f"{value}.textContent")
+    assert f"; {risen}: compare the samples" in opened.value(f"{value}.textContent")
 
 
 def test_the_overview_says_where_the_result_is(page, opened):

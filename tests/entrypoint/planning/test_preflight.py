@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -23,11 +24,14 @@ from entrypoint.fetch.doors.keys import Keys
 from entrypoint.fetch.fetch import fetch_model, fetch_source
 from entrypoint.planning import preflight as module
 from entrypoint.planning.preflight import _cache_bytes_per_image, preflight
+from entrypoint.system.answers import Answers
+from entrypoint.system.machine import Machine
 from tests.support.bucket_server import Buckets
 from trainer.base_model.model_folder import check_folder, problems
 from trainer.spec.errors import DataError, KilnError, SettingsError, StorageError
 from trainer.spec.family import get_family
 from trainer.spec.plan import (
+    CaptionerPlan,
     DataPlan,
     Dataset,
     EnginePlan,
@@ -134,6 +138,47 @@ def test_all_problems_are_reported_in_one_message(plan: Plan, tmp_path: Path, mo
     with pytest.raises(SettingsError) as problem:
         check(plan, tmp_path)
     assert all(word in str(problem.value) for word in ("PARAMS_RESUME_FROM=", "model_index.json", "no image in it"))
+
+
+def test_a_damaged_captioner_is_among_all_problems(plan: Plan, tmp_path: Path) -> None:
+    folder = tmp_path / "captioner"
+    folder.mkdir()
+    (folder / "config.json").write_text("{")
+    captioned = dataclasses.replace(plan.data, captioner=CaptionerPlan(str(folder), path=str(folder)))
+    resumed = LoraPlan(resume_from=str(tmp_path / "no.safetensors"))
+    with pytest.raises(SettingsError) as problem:
+        check(dataclasses.replace(plan, lora=resumed, data=captioned), tmp_path)
+    assert all(word in str(problem.value) for word in ("PARAMS_RESUME_FROM=", "CAPTION_WITH="))
+
+
+@pytest.mark.alone
+def test_base_models_of_a_family_do_not_share_what_was_found_in_a_cache(
+    plan: Plan, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same repository is klein for one job of a queue and dev for the next; only the folder's configs differ."""
+    caplog.set_level("INFO")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # refuses every connection
+    hub_cache = tmp_path / "volume" / "hf" / "hub"
+    snapshot = hub_cache / "models--o--m" / "snapshots" / ("0" * 40)
+    shutil.copytree(get_family("flux2").FACTS.models["mini-flux2"].source, snapshot)
+    (hub_cache / "models--o--m" / "refs").mkdir()
+    (hub_cache / "models--o--m" / "refs" / "main").write_text("0" * 40)
+    answers = Answers(Machine())
+
+    def is_found(base: str) -> bool:
+        caplog.clear()
+        model = ModelPlan(base, "flux2", "o/m")
+        with contextlib.suppress(KilnError):
+            preflight(
+                dataclasses.replace(plan, model=model),
+                token=None,
+                hub_cache=hub_cache,
+                retries=http.RetryPolicy(budget=0.0),
+                answers=answers,
+            )
+        return "To fetch for the model: nothing" in caplog.text
+
+    assert is_found("mini-flux2") and not is_found("mini-flux2-dev")
 
 
 # --- places and room

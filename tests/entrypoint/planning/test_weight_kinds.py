@@ -188,8 +188,8 @@ def test_a_part_that_is_another_is_said(refusal, tmp_path, variable, part, base,
     [
         ("flux2-klein-9b", "flux2-klein-4b", "is Qwen3-4B, of width 2560; this base model reads by Qwen3-8B"),
         ("flux2-klein-4b", "flux2-klein-9b", "is Qwen3-8B, of width 4096; this base model reads by Qwen3-4B"),
-        ("flux2-dev", "flux2-klein-9b", "is Qwen3, not Mistral Small 3.1. Fix: the file of Mistral Small 3.1"),
-        ("flux2-klein-9b", "flux2-dev", "is Mistral Small 3.1, not Qwen3. Fix: the file of Qwen3"),
+        ("flux2-dev", "flux2-klein-9b", "is Qwen3, not the text encoder of FLUX.2-dev. Fix: the file of"),
+        ("flux2-klein-9b", "flux2-dev", "is the text encoder of FLUX.2-dev, not Qwen3. Fix: the file of Qwen3"),
     ],
 )
 def test_a_text_encoder_of_another_size_is_named(refusal, tmp_path, asked, given, expected):
@@ -199,19 +199,24 @@ def test_a_text_encoder_of_another_size_is_named(refusal, tmp_path, asked, given
     assert "TEXT_ENCODER_PATH=" in said and expected in said
 
 
+OTHER_LANGUAGE_MODEL = "is not the text encoder of FLUX.2-dev, but a language model that no base model reads"
+
+
 @pytest.mark.parametrize(
     ("tokens", "width", "mlp", "expected"),
     [
-        (32768, 4096, 14336, "is Mistral 7B or Ministral 8B, of width 4096; this base model reads by Mistral Small"),
+        (32768, 4096, 14336, OTHER_LANGUAGE_MODEL),
+        (131072, 4096, 12288, "is Ministral 8B, of width 4096; this base model reads by the text encoder of FLUX.2"),
         (
             131072,
             5120,
             14336,
-            "has 14336 numbers in an MLP, and Mistral Small 3.1 as this base model reads by it 32768",
+            "has 14336 numbers in an MLP, and the text encoder of FLUX.2-dev as this base model reads by it 32768",
         ),
-        (128256, 4096, 14336, "is not Mistral Small 3.1: it has none of its layers"),
+        (128256, 4096, 14336, OTHER_LANGUAGE_MODEL),
+        (256000, 2304, 9216, OTHER_LANGUAGE_MODEL),
     ],
-    ids=["Mistral 7B", "Mistral Nemo", "Llama 3.1 8B"],
+    ids=["Mistral 7B", "Ministral 8B", "Mistral Nemo", "Llama 3.1 8B", "Gemma 2 2B"],
 )
 def test_another_mistral_is_not_flux2_devs(refusal, tmp_path, tokens, width, mlp, expected):
     state = {

@@ -19,6 +19,7 @@ from entrypoint.report.gather import gather
 from entrypoint.report.page import page
 from entrypoint.report.sections import MOST_EMBEDDED, chosen_steps
 from tests.support.finished_runs import ODD, write_sample
+from trainer.spec.messages import trend
 from trainer.spec.messages.noise_bands import KEYS
 from trainer.spec.messages.usage import prompting
 
@@ -210,3 +211,20 @@ def test_the_end_of_a_job_writes_it_once_the_job_is_its_own(finished, monkeypatc
     monkeypatch.setattr(start, "MOST_S", 0.001)
     start.write(finished, environment, started=0.0, price=1.0)
     assert "could not be written (TimeoutExpired)" in caplog.text
+
+
+def test_a_risen_loss_is_told_as_the_log_does(finished):
+    """The log judges the losses of the last start; those of the whole run, in metrics.jsonl, may say something else."""
+    assert "has risen" not in written(finished)
+    with (finished / "metrics.jsonl").open("a") as file:
+        file.write("\n")  # the last line is half written
+        for step in range(41, 141):
+            row = {"step": step, "epoch": 1, "lr": 1e-4, "loss": 4.0, "grad_norm": 0.5, "time": 1.0}
+            file.write(f"{json.dumps(row)}\n")
+    by_all = str(trend.Risen(4.0, 4.0, 35)).rpartition(" to ")[2]
+    assert f"to {by_all}" in written(finished)  # of an older run, whose status.json says nothing of it
+    status = json.loads((finished / "status.json").read_text())
+    risen = str(trend.Risen(0.5, 4.0, 30))
+    for said in (risen, ""):
+        (finished / "status.json").write_text(json.dumps({**status, "risen": said}))
+        assert ("has risen" in written(finished)) == bool(said) and said in written(finished)

@@ -1,6 +1,9 @@
 """Which weights the cache belongs to: every part that encodes, each by itself, and the settings of the encoders."""
 
+import dataclasses
 import shutil
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import torch
 from trainer.data import encode
 from trainer.data.cache import Cache, Share
 from trainer.data.encode import open_cache
+from trainer.job import prepare
 from trainer.spec.plan import EnginePlan
 
 ENCODING = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2")
@@ -46,7 +50,7 @@ def test_every_part_that_encodes_text_gives_other_items_and_no_other_does(model,
     assert opened().encoders == first.encoders and opened().vae != first.vae
 
 
-def captioned(tmp_path, monkeypatch, texts, *, piece, share=None, stream=False):
+def captioned(tmp_path, monkeypatch, texts, *, piece, share=None, stream=False, **options):
     """`fill_texts` with encoders that note what they are given; the batches, and the cache."""
     batches = []
 
@@ -66,6 +70,7 @@ def captioned(tmp_path, monkeypatch, texts, *, piece, share=None, stream=False):
         engine=EnginePlan(stream_encoders=stream),
         check_in=lambda: None,
         **({"share": share} if share else {}),
+        **options,
     )
     return batches, cache
 
@@ -79,6 +84,8 @@ def test_captions_are_encoded_once_whatever_piece_they_come_in(tmp_path, monkeyp
     # As before where all of them are one piece.
     whole, _ = captioned(tmp_path / "whole", monkeypatch, texts * 3, piece=1000)
     assert whole == [texts[i : i + 16] for i in range(0, 50, 16)]
+    few, _ = captioned(tmp_path / "few", monkeypatch, texts, piece=1000, at_once=3)
+    assert few == [texts[i : i + 3] for i in range(0, 50, 3)]
 
 
 def test_streamed_encoders_are_the_first_process_s_and_the_others_still_agree_on_what_is_missing(tmp_path, monkeypatch):
@@ -91,3 +98,20 @@ def test_streamed_encoders_are_the_first_process_s_and_the_others_still_agree_on
 
     batches, _ = captioned(tmp_path, monkeypatch, texts, piece=8, share=Share(1, 2, merge), stream=True)
     assert batches == [] and merged == [8, 1, 8, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("base", "stream", "at_once"), [("flux2-dev", False, 1), ("flux2-dev", True, 16), ("flux", False, 16)]
+)
+def test_captions_are_encoded_as_many_at_once_as_was_planned_for(job_plan, monkeypatch, base, stream, at_once):
+    asked = {}
+    monkeypatch.setattr(prepare, "fill_texts", lambda *_, **options: asked.update(options))
+    monkeypatch.setattr(prepare, "fill_images", lambda *_, **__: None)
+    plan = job_plan("flux2")
+    plan = dataclasses.replace(
+        plan,
+        model=dataclasses.replace(plan.model, base=base),
+        engine=dataclasses.replace(plan.engine, precision="fp8", stream_encoders=stream),
+    )
+    prepare.fill_cache(SimpleNamespace(plan=plan, cache=None, sampler=MagicMock()), check_in=lambda: None)
+    assert asked["at_once"] == at_once

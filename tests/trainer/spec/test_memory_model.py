@@ -17,6 +17,7 @@ from trainer.spec.memory_model import (
     MAX_USABLE_SHARE,
     Workload,
     candidates,
+    captions_at_once,
     choose,
     fastest_batch,
     phase_peaks_gib,
@@ -185,6 +186,57 @@ def test_streaming_and_tiling_lower_the_peaks_of_their_phases_alone():
     assert plain["training"] == lean["training"] == strategy.gib
     assert 9 < plain["texts"] < 10.5 and lean["texts"] < 2
     assert lean["samples"] < plain["samples"] - 2 and lean["latents"] < plain["latents"]
+
+
+def activations_gib(base, captions):
+    """What a language model works with for so many captions of 512 tokens, in 16 bits, in parts."""
+    config = base_models()[base][1].published.configs["text_encoder/config.json"]
+    state = captions * 512 * config["hidden_size"] * 2 / 2**30
+    mlp = captions * 512 * config["intermediate_size"] * 2 / 2**30
+    kept = {"flux2-klein-4b": 28, "flux2-klein-9b": 28, "flux2-dev": 31, "krea2": 37}.get(base, 2)
+    put_together = {"krea2": 12}.get(base, 3)
+    return (kept + put_together) * state + 3 * mlp
+
+
+@pytest.mark.parametrize(
+    ("base", "at_once"),
+    [
+        ("flux", 16),
+        ("sd3.5-large", 16),
+        ("sdxl", 16),
+        ("z-image", 11),
+        ("qwen-image", 6),
+        ("flux2-klein-4b", 4),
+        ("flux2-klein-9b", 2),
+        ("krea2", 2),
+        ("flux2-dev", 1),
+    ],
+)
+def test_wide_text_encoders_encode_as_many_captions_as_there_is_room_for(base, at_once):
+    footprint = base_models()[base][1].footprint
+    assert captions_at_once(footprint, "fp8", streamed=False) == at_once
+    assert captions_at_once(footprint, "fp8", streamed=True) == 16
+    assert captions_at_once(footprint, "fp32", streamed=False) in (max(1, at_once // 2), at_once)
+    strategy = choose(footprint, workload(1), candidates(footprint, workload(1), ["fp8"]), have_gib=80, host_gib=64)
+    pixels = {"drawn_pixels": 2**20, "encoded_pixels": 2**20}
+    encoders_gib = footprint.encoder_weights * 2 / 2**30
+    whole = phase_peaks_gib(footprint, workload(1), strategy, streamed=False, tiled=False, **pixels)["texts"]
+    assert whole == pytest.approx(encoders_gib + 0.5)  # so that as many cards as ever hold them whole
+    streamed = phase_peaks_gib(footprint, workload(1), strategy, streamed=True, tiled=False, **pixels)["texts"]
+    assert streamed < whole
+    if "text_encoder_2/config.json" not in base_models()[base][1].published.configs:
+        assert activations_gib(base, at_once) <= whole - encoders_gib
+        assert activations_gib(base, 16) <= streamed - encoders_gib / 12
+
+
+def test_the_largest_language_model_with_16_captions_is_what_its_layers_hold():
+    """FLUX.2-dev's: 31 hidden states of 80 MiB, three of them put together, and three of 512 MiB in an MLP."""
+    assert activations_gib("flux2-dev", 16) == pytest.approx(34 * 80 / 1024 + 1.5)
+    assert activations_gib("flux2-dev", 16) > 4
+
+
+def test_a_miniature_encodes_16_captions():
+    assert captions_at_once(None, "fp32", streamed=False) == 16
 
 
 # ---- whole jobs that were measured under a cap: rank 16, 8-bit AdamW, 1024 x 1024 pixels, batch 1

@@ -119,7 +119,8 @@ QWEN3_VL_4B: Config = {
     "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
 }
 
-# Mistral Small 3.1's language model without its last ten layers, which FLUX.2 does not read and ComfyUI's file lacks.
+# FLUX.2-dev's language model (Mistral Small's sizes) without its last ten layers, which FLUX.2 does not read and
+# ComfyUI's file lacks.
 MISTRAL_SMALL: Config = {
     "architectures": ["MistralModel"],
     "model_type": "mistral",
@@ -140,6 +141,18 @@ MISTRAL_SMALL: Config = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+def caption_gib(encoder: Config, *, tokens: int, states: int = 0) -> float:
+    """GiB in 16 bits that a language model works with for a caption of so many tokens, as an upper bound.
+
+    `states`: hidden states that are kept to the end, with those that are put side by side. A layer works with some six
+    more of them (its input, normalised in fp32; queries, keys and values), and with three tensors of its MLP: the gate,
+    the other product, and the product of both.
+    """
+    numbers = (states + 6) * encoder["hidden_size"] + 3 * encoder["intermediate_size"]
+    return float(tokens * numbers * 2 / 2**30)
+
 
 # ---- VAE
 

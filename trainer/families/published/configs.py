@@ -228,7 +228,7 @@ QWEN3_VL = ConfigKind(
     differing=_qwen3_vl_differing,
 )
 
-# The language model of Mistral Small 3.1, which reads images too.
+# FLUX.2-dev's language model: of a Mistral Small, which reads images too.
 MISTRAL3 = ConfigKind(
     *("transformers", ("MistralModel", "Mistral3ForConditionalGeneration"), _MISTRAL),
     required=QWEN3.required,

@@ -141,7 +141,8 @@ class Metrics:
             return
         self._reported = now
         left = self.eta_s()
-        self._status.update({**row, "images_per_second": round(speed, 3), "eta_s": round(left)})
+        values = {**row, "images_per_second": round(speed, 3), "eta_s": round(left), "risen": str(self.risen() or "")}
+        self._status.update(values)
         if self._bar.disable and (now - self._logged >= self._line_interval_s() or step.number == self.total):
             self._logged = now
             log.info(

@@ -35,7 +35,8 @@ from trainer.data.records import ImageRecord, Scan
 from trainer.data.shards.stream import ShardStream
 from trainer.engine.device import release
 from trainer.spec.errors import DataError, GatedError, SettingsError, UnreachableError
-from trainer.spec.family import get_family
+from trainer.spec.family import base_models, get_family
+from trainer.spec.memory_model import captions_at_once
 from trainer.spec.plan import EnginePlan, Plan
 from trainer.spec.rules.cache_size import LEAST_BYTES, bytes_per_image
 from trainer.spec.values import many
@@ -177,7 +178,9 @@ def fill(
     captions = itertools.chain(sampler.all_captions(window), encode.prompt_texts(plan.prompts))
     max_tokens = plan.train.max_token_length
     common = {"family": family, "model": model, "engine": engine, "check_in": check_in, "share": share}
-    encode.fill_texts(cache, captions, max_tokens=max_tokens, **common)  # type: ignore[arg-type]
+    footprint = base_models()[plan.model.base][1].footprint
+    at_once = captions_at_once(footprint, engine.precision, streamed=engine.stream_encoders)
+    encode.fill_texts(cache, captions, max_tokens=max_tokens, at_once=at_once, **common)  # type: ignore[arg-type]
     encode.fill_images(cache, sampler, window=window, **common)  # type: ignore[arg-type]
 
 

@@ -83,6 +83,18 @@ def test_what_is_not_known_is_not_said():
     assert caption_times(CaptionerPlan(captioners.SHORT_NAMES["qwen3-vl"]), CPU) == (0.0, 0.0)
 
 
+def test_a_damaged_folder_takes_no_time_that_is_known(tmp_path):
+    """A plan is made nevertheless: what is damaged is named before a download, with all other problems."""
+    folder = make_florence2(tmp_path / "model")
+    plan = CaptionerPlan(str(folder), path=str(folder))
+    assert size_of(CaptionerPlan("/none", path=str(tmp_path / "none"))) is None
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert size_of(plan) is None and caption_times(plan, hardware_of("RTX 4090")) == (0.0, 0.0)
+    (folder / "config.json").write_text("{")
+    assert size_of(plan) is None
+
+
 def test_a_folder_is_as_large_as_its_files_say(tmp_path):
     for make, kind, layers in ((make_florence2, FLORENCE2, 1), (make_llava, LLAVA, 1)):
         folder = make(tmp_path / kind)

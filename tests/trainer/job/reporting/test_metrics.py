@@ -59,6 +59,12 @@ def test_a_loss_that_has_risen_is_warned_of_once(tmp_path, caplog):
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1 and warnings[0].startswith("Step 60: the loss has risen from 0.5 (median of the first 20")
     assert "PARAMS_D_COEF" in warnings[0] and metrics.risen() == (0.5, 1.5, 30)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["risen"] == str(metrics.risen())
+    Metrics(tmp_path, Status(tmp_path), total_steps=1, first_step=0).step(
+        Step(1, 1, 1, loss=0.5, grad_norm=1.0), learning_rate=1e-4
+    )
+    assert json.loads((tmp_path / "status.json").read_text())["risen"] == ""
 
 
 def test_a_terminal_gets_one_bar_with_the_time_that_is_left_and_words_above_it(shown):
