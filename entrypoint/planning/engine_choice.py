@@ -187,11 +187,20 @@ def _check_shards(settings: Settings, hardware: Hardware, plan: EnginePlan, note
             "PARAMS_OFFLOAD=shards spreads the weights over the GPUs of a job, and this job has one. Fix: set "
             "NUM_GPUS=2 or more, or PARAMS_OFFLOAD=auto."
         )
-    elif not hardware.reach_each_other:
+    elif not hardware.reach_each_other(plan.num_gpus):
+        which = str(hardware)
+        if plan.num_gpus < hardware.count:
+            which = f"the first {plan.num_gpus} of {hardware}"
         notes.add(
-            f"PARAMS_OFFLOAD=shards: by their driver, {hardware}, cannot read each other's memory. Fix: set "
+            f"PARAMS_OFFLOAD=shards: by their driver, {which}, cannot read each other's memory. Fix: set "
             "PARAMS_OFFLOAD=auto."
         )
+
+
+def _shards(settings: Settings, hardware: Hardware, plan: EnginePlan) -> int:
+    """Over how many GPUs the weights may be sharded; 1: they may not."""
+    is_allowed = settings.engine.offload in ("auto", "shards") and settings.adapter.lora_type != "dora"
+    return plan.num_gpus if is_allowed and hardware.reach_each_other(plan.num_gpus) else 1
 
 
 def _unlimited(settings: Settings, hardware: Hardware, plan: EnginePlan, *, notes: Notes) -> EnginePlan:
@@ -235,7 +244,7 @@ def _fit_memory(
     `drawn_pixels`: of the largest sample.
     """
     workload = _largest_workload(settings, datasets, rank, footprint)
-    workload = dataclasses.replace(workload, shards=plan.num_gpus if hardware.reach_each_other else 1)
+    workload = dataclasses.replace(workload, shards=_shards(settings, hardware, plan))
     precisions = hardware.auto_precisions if settings.engine.precision == "auto" else (settings.engine.precision,)
     have_gib = min(hardware.memory_gib, settings.engine.memory_limit_gib or hardware.memory_gib)
     host_gib = hardware.host_memory_gib * PINNED_HOST_SHARE / plan.num_gpus

@@ -137,8 +137,8 @@ def hardware_of(text: str) -> Hardware:
     name = card.name if card in CARDS else ""  # a size alone is no name
     if re.search(r"\bpcie\b", match[2]):  # its variants differ in speed (entrypoint.system.speeds)
         name += " PCIe"
-    reach = GAMING.fullmatch(card.name) is None
-    return Hardware(card.vendor, card.architecture, memory_gib, count, "", host_gib, cpus, name, reach_each_other=reach)
+    reading = 1 if GAMING.fullmatch(card.name) else None
+    return Hardware(card.vendor, card.architecture, memory_gib, count, "", host_gib, cpus, name, reading)
 
 
 def card_of(hardware: Hardware) -> str | None:

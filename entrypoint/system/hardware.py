@@ -62,7 +62,8 @@ class Hardware:
     host_memory_gib: float
     cpu_count: int
     name: str = ""  # of the devices, as their driver has it; "" where it does not say, or they differ
-    reach_each_other: bool = True  # each reads the others' memory; also where it is not known, and the trainer tries
+    # How many, from the first on, read each other's memory. None: all, or it is not known, and the trainer tries.
+    reading_each_other: int | None = None
 
     @property
     def device(self) -> str:
@@ -122,6 +123,10 @@ class Hardware:
     def fastest_attention(self) -> str:
         """The fastest PARAMS_ATTENTION that was measured: compute capability 9 only. "native": torch picks a kernel."""
         return "flash_4" if self.runs_flash_4 and _version(self.architecture)[0] == 9 else "native"
+
+    def reach_each_other(self, count: int) -> bool:
+        """Whether the first `count` devices read each other's memory, as far as their driver says."""
+        return self.reading_each_other is None or count <= self.reading_each_other
 
     def activation_dtype(self, precision: str) -> str:
         """torch's name of the type of activations for this precision."""
@@ -302,12 +307,12 @@ def _nvidia(
         count=len(rows),
         driver=rows[0][3],
         name=rows[0][4] if len({row[4] for row in rows}) == 1 else "",
-        reach_each_other=len(rows) == 1 or _reach_each_other([row[0] for row in rows], run),
+        reading_each_other=_reading_each_other([row[0] for row in rows], run) if len(rows) > 1 else None,
     )
 
 
-def _reach_each_other(indices: Sequence[str], run: Callable[..., subprocess.CompletedProcess[str]]) -> bool:
-    """Whether nvidia-smi says that all these GPUs read each other's memory, or does not say.
+def _reading_each_other(indices: Sequence[str], run: Callable[..., subprocess.CompletedProcess[str]]) -> int | None:
+    """How many of these GPUs, from the first on, read each other's memory by nvidia-smi; None: all, or it does not say.
 
     It prints a matrix: a line for each GPU, with X for itself and OK, or why not (NS, CNS, GNS, TNS), for the others.
     """
@@ -315,19 +320,23 @@ def _reach_each_other(indices: Sequence[str], run: Callable[..., subprocess.Comp
         environment = child_environment(os.environ)
         answer = run(TOPOLOGY, env=environment, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return True
+        return None
     names = [f"GPU{index}" for index in indices]
     columns: list[str] = []
+    cells_of: dict[str, dict[str, str]] = {}
     for line in answer.stdout.splitlines() if answer.returncode == 0 else ():
         # In terminals, the names are underlined.
         cells = re.sub(r"\x1b\[[0-9;]*m", "", line).split()
         if not columns and cells[:1] == ["GPU0"]:
             columns = cells
-        elif columns and cells[:1] and cells[0] in names:
-            of_others = dict(zip(columns, cells[1:], strict=False))
-            if any(of_others.get(name, "OK") not in ("X", "OK") for name in names):
-                return False
-    return True
+        elif columns and cells[:1]:
+            cells_of[cells[0]] = dict(zip(columns, cells[1:], strict=False))
+    for count, name in enumerate(names):
+        for other in names[:count]:
+            both_ways = (cells_of.get(name, {}).get(other, "OK"), cells_of.get(other, {}).get(name, "OK"))
+            if both_ways != ("OK", "OK"):
+                return count
+    return None
 
 
 def _visible(rows: list[list[str]], visible: str | None) -> list[list[str]]:

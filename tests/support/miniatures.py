@@ -88,7 +88,7 @@ def random_text(name, denoiser, length, *, generator=None):
         filled = -(-length // 32) * 32
         tokens = torch.randn(1, filled, config.cap_feat_dim, generator=generator)
         return {"tokens": tokens, "real": torch.arange(filled)[None] < length}
-    if name == "flux2":
+    if name in ("flux2", "flux2_dev"):
         return {"tokens": torch.randn(1, length, config.joint_attention_dim, generator=generator)}
     if name == "sdxl":
         wide = config.cross_attention_dim

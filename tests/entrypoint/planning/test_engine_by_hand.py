@@ -257,10 +257,40 @@ def test_the_weights_are_sharded_over_the_gpus_of_a_job_where_one_does_not_hold_
     # One that holds them all keeps them.
     assert Planned(several(139.0, 4), NUM_GPUS="4").engine.offload == "none"
     # GPUs that do not read each other's memory have the host's.
-    apart = several(16.5, 4, reach_each_other=False)
+    apart = several(16.5, 4, reading_each_other=1)
     assert Planned(apart, NUM_GPUS="4").engine.offload == "weights"
     (line,) = Planned(apart, NUM_GPUS="4", PARAMS_OFFLOAD="shards").refused
     assert "cannot read each other's memory. Fix: set PARAMS_OFFLOAD=auto" in line
+
+
+def test_the_gpus_that_the_job_takes_read_each_others_memory():
+    """Of four, the first two do; the job takes the first ones. The host has no memory for weights or activations."""
+    pairs = several(19.0, 4, reading_each_other=2, host_memory_gib=4.0)
+    assert Planned(pairs, NUM_GPUS="2").engine.offload == "shards"
+    asked = {"PARAMS_OFFLOAD": "shards", "PARAMS_PRECISION": "fp8"}
+    assert Planned(pairs, NUM_GPUS="3", PARAMS_PRECISION="fp8").engine.offload == "none"
+    assert not Planned(pairs, NUM_GPUS="2", **asked).refused
+    line = Planned(pairs, NUM_GPUS="3", **asked).refused[0]
+    assert "by their driver, the first 3 of 4 × nvidia 9.0, 19 GiB each, cannot read each other's memory" in line
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_refused"),
+    [
+        ({}, False),
+        ({"PARAMS_OFFLOAD": "shards"}, False),
+        ({"PARAMS_OFFLOAD": "none"}, True),
+        ({"PARAMS_OFFLOAD": "activations"}, True),
+        ({"PARAMS_LORA_TYPE": "dora"}, True),
+    ],
+)
+def test_what_fits_with_shards_alone_is_refused_where_there_are_none(variables, is_refused):
+    """The host has no memory for weights: each of four GPUs takes 14.7 GiB with shards, and 18.2 without."""
+    asked = {"NUM_GPUS": "4", "PARAMS_PRECISION": "fp8", **variables}
+    planned = Planned(several(16.0, 4, host_memory_gib=4.0), **asked)
+    assert bool(planned.refused) == is_refused, planned.refused
+    if is_refused:
+        assert "in the most frugal mode, and the card has 16 GiB" in planned.refused[0]
 
 
 def test_sharded_weights_are_refused_where_they_cannot_be():

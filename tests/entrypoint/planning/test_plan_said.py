@@ -89,10 +89,12 @@ def test_what_is_set_or_not_used_is_not_said(variables, name):
 def test_what_was_given_and_what_the_hardware_decides_are_kept():
     made = plan(PARAMS_SEED="7", CACHE_PATH="/cache")
     assert made.given == ("BASE_MODEL", "CACHE_PATH", "DATASET_NAME", "PARAMS_SEED")
-    assert made.automatic == ("BACKEND", "PARAMS_PRECISION")
+    assert made.automatic == ("BACKEND", "PARAMS_PRECISION", "PARAMS_OFFLOAD")
     given = {"BACKEND": "cuda", "PARAMS_PRECISION": "bf16", "PARAMS_BATCH_SIZE": "auto"}
-    assert plan(on=LARGE_GPU, **given).automatic == ("PARAMS_BATCH_SIZE",)
-    assert plan(on=LARGE_GPU, **{**given, "PARAMS_BATCH_SIZE": "1"}).automatic == ()
+    assert plan(on=LARGE_GPU, **given).automatic == ("PARAMS_BATCH_SIZE", "PARAMS_OFFLOAD")
+    given["PARAMS_BATCH_SIZE"] = "1"
+    assert plan(on=LARGE_GPU, **given).automatic == ("PARAMS_OFFLOAD",)
+    assert plan(on=LARGE_GPU, **given, PARAMS_OFFLOAD="none").automatic == ()
 
 
 def test_a_name_is_made_of_what_decides_the_weights_and_of_the_time():

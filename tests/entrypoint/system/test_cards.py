@@ -68,7 +68,7 @@ def test_an_unknown_card_is_refused_with_a_hint(text, hint):
     [("2 x RTX 4090", False), ("2 x RTX 4060 Ti 16GB", False), ("4 x H100", True), ("2 x RTX 6000 Ada", True)],
 )
 def test_gaming_cards_do_not_read_each_others_memory(text, reach):
-    assert hardware_of(text).reach_each_other == reach
+    assert hardware_of(text).reach_each_other(2) == reach
 
 
 @pytest.mark.parametrize("text", ["9" * 100_000, "rtx" + " " * 100_000 + "x", "5 x " + "a" * 100_000])

@@ -65,14 +65,16 @@ MATRIX = (
 @pytest.mark.parametrize(
     ("printed", "visible", "reach"),
     [
-        (MATRIX.format("OK", "OK"), None, True),
-        (MATRIX.format("NS", "NS"), None, False),
-        (MATRIX.format("OK", "CNS"), None, False),
-        (MATRIX.format("OK", "CNS"), "0,1", True),  # of those that the job sees
-        (MATRIX.format("OK", "CNS"), "1,2", False),
-        (MATRIX.format("NS", "NS"), "2", True),  # one alone
-        ("Failed to query\n", None, True),  # nobody knows: the trainer tries
-        ("", None, True),
+        (MATRIX.format("OK", "OK"), None, 3),
+        (MATRIX.format("NS", "NS"), None, 2),  # GPU0 and GPU1 reach each other, and GPU2 is apart
+        (MATRIX.format("OK", "CNS"), None, 2),
+        (MATRIX.format("NS", "NS"), "2,0,1", 1),  # the first two that the job takes do not
+        (MATRIX.format("OK", "CNS"), "0,2,1", 2),
+        (MATRIX.format("OK", "CNS"), "0,1", 2),  # of those that the job sees
+        (MATRIX.format("OK", "CNS"), "1,2", 1),
+        (MATRIX.format("NS", "NS"), "2", 1),  # one alone
+        ("Failed to query\n", None, 3),  # nobody knows: the trainer tries
+        ("", None, 3),
     ],
 )
 def test_whether_gpus_read_each_others_memory_is_what_their_driver_says(root, printed, visible, reach):
@@ -81,14 +83,16 @@ def test_whether_gpus_read_each_others_memory_is_what_their_driver_says(root, pr
         return subprocess.CompletedProcess(command, 0, text, "")
 
     environ = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
-    assert detect(run=run, root=root, environ=environ).reach_each_other == reach
+    found = detect(run=run, root=root, environ=environ)
+    for count in range(1, found.count + 1):
+        assert found.reach_each_other(count) == (count <= reach)
 
     def without_topology(command, **options):
         if "topo" in command:
             raise subprocess.TimeoutExpired(command, 30)
         return run(command, **options)
 
-    assert detect(run=without_topology, root=root, environ=environ).reach_each_other
+    assert detect(run=without_topology, root=root, environ=environ).reach_each_other(3)
 
 
 def test_without_an_accelerator_there_is_the_cpu(root):

@@ -77,6 +77,7 @@ class Shards:
     def __init__(self, peers: Peers, device: str) -> None:
         self.peers = peers
         self.device = torch.device(device)
+        self.prefix = f"part-{peers.exchanges}"  # of the names of files with parts, on a CPU
         self.own: list[torch.Tensor] = []  # of each region, the part of this process
         self.sums: list[torch.Tensor] = []  # of each region, of all its bytes
         self.parts: list[list[torch.Tensor]] = []  # of each region, by the process that has it
@@ -102,24 +103,28 @@ class Shards:
     def connect(self, slot: torch.Tensor) -> None:
         """Map the parts of the other processes; check what is read of them, and how fast.
 
-        `slot`: bytes on the device, which are overwritten. All processes must call it. Raises RuntimeError where
-        memory cannot be mapped, and KilnError where the processes have stored other weights.
+        `slot`: bytes on the device, which are overwritten. All processes must call it. Raises RuntimeError, which
+        names the process, where memory cannot be mapped, and KilnError where they have stored other weights.
         """
-        if self.device.type != "cpu":
-            torch.cuda.synchronize()  # what is mapped has been written
-        handles, problem = self._handles()
-        of_each = self.peers.exchange(handles)
-        if problem is not None:
-            raise problem
-        if None in of_each:
-            raise RuntimeError(f"process {of_each.index(None)} cannot share its memory")
+        of_each: list[list[Any]] = []
+        for number, (handles, problem) in enumerate(self.peers.exchange(self._handles())):
+            if problem:
+                raise RuntimeError(f"process {number} cannot share its memory: {problem}")
+            of_each.append(handles)
+        try:
+            self._map(of_each)
+        except RuntimeError as error:
+            raise RuntimeError(f"process {self.peers.number}: {_first_line(error)}") from error
+        self._check(slot)
+
+    def _map(self, of_each: list[list[Any]]) -> None:
+        """Map the parts that the handles `of_each` process stand for."""
         for index, own in enumerate(self.own):
             parts: list[torch.Tensor] = []
             for number in range(self.peers.count):
                 mine = number == self.peers.number
                 parts.append(own if mine else self._open(of_each[number][index], own.nbytes))
             self.parts.append(parts)
-        self._check(slot)
 
     def read(self, index: int, slot: torch.Tensor) -> None:
         """Copy all parts of region `index` into `slot`, on the current stream.
@@ -160,12 +165,14 @@ class Shards:
 
     def _path(self, number: int, index: int) -> Path:
         """On a CPU, the file of a part."""
-        return self.peers.folder / f"part-{self.peers.exchanges}-{number}-{index}"
+        return self.peers.folder / f"{self.prefix}-{number}-{index}"
 
-    def _handles(self) -> tuple[list[Any] | None, RuntimeError | None]:
-        """What another process needs to map each part; None, and the error, where that cannot be."""
+    def _handles(self) -> tuple[list[Any], str]:
+        """What another process needs to map each part; and why that cannot be, or ""."""
         handles: list[Any] = []
         try:
+            if self.device.type != "cpu":
+                torch.cuda.synchronize()  # what is mapped has been written
             for index, part in enumerate(self.own):
                 if self.device.type == "cpu":
                     handles.append(str(self._path(self.peers.number, index)))
@@ -173,8 +180,8 @@ class Shards:
                     _, memory, size, offset, counter, place, _, _ = part.untyped_storage()._share_cuda_()
                     handles.append([memory.hex(), size, offset, counter.hex(), place])
         except RuntimeError as problem:
-            return None, problem
-        return handles, None
+            return [], _first_line(problem)
+        return handles, ""
 
     def _open(self, handle: Any, size: int) -> torch.Tensor:
         """The part (size,) that `handle` stands for, where the other process has it."""
@@ -202,15 +209,24 @@ def unreachable(peers: Peers, device: str, *, against_host: bool = False) -> str
     `against_host`: also where that is far slower than to copy all weights from the host.
     """
     probe = Shards(peers, device)
+    size = probe.size_of(PROBE_BYTES)
+    slot = torch.empty(0, dtype=torch.uint8)
     problem = ""
     try:
-        size = probe.size_of(PROBE_BYTES)
         probe.keep(torch.arange(size // 8, device=device).view(torch.uint8))
-        probe.connect(torch.empty(size, dtype=torch.uint8, device=device))
-    except (RuntimeError, KilnError) as error:
-        problem = (str(error).splitlines() or [repr(error)])[0]
-    if not peers.all_agree(not problem):
-        return f"the GPUs cannot read each other's memory ({problem or 'says another process'})"
+        slot = torch.empty(size, dtype=torch.uint8, device=device)
+    except RuntimeError as error:
+        problem = f"process {peers.number}: {_first_line(error)}"
+    # Nobody connects, and waits there for the others, before all have come so far.
+    problem = _said_by_any(peers, problem)
+    if not problem:
+        try:
+            probe.connect(slot)
+        except (RuntimeError, KilnError) as error:
+            problem = _first_line(error)
+        problem = _said_by_any(peers, problem)
+    if problem:
+        return f"the GPUs cannot read each other's memory ({problem})"
     if not against_host:
         return ""
     # Of the others' memory each reads all but its own part, and of the host's everything.
@@ -221,6 +237,20 @@ def unreachable(peers: Peers, device: str, *, against_host: bool = False) -> str
     if peers.all_agree(is_fast):
         return ""
     return f"{here}, and the host's at {host_gb_per_s:.1f} GB/s"
+
+
+def _said_by_any(peers: Peers, problem: str) -> str:
+    """The `problem` of the first process that has one; "" if none has. All must call it."""
+    of_each = peers.exchange(problem)
+    found = next(filter(None, of_each), "")
+    if peers.all_agree(not found):
+        return ""
+    return found or "says a process of another machine"
+
+
+def _first_line(problem: Exception) -> str:
+    """What it says, without the advice that CUDA adds in further lines."""
+    return (str(problem).splitlines() or [repr(problem)])[0]
 
 
 def _host_gb_per_s(device: str) -> float:

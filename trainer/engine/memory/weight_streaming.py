@@ -19,6 +19,7 @@ import torch
 
 from trainer.engine.memory.pinned import aligned, pinned_bytes, unpin, view
 from trainer.engine.memory.sharding import Shards
+from trainer.spec.errors import SettingsError
 from trainer.spec.memory_model import RESIDENT_REGIONS
 
 log = logging.getLogger(__name__)
@@ -125,11 +126,12 @@ class WeightStreamer:
         """Allocate the slots, large enough for the largest region; with shards, all processes must call it.
 
         All weights become views of a slot at once, so that `weight.device` is the device also before a region runs.
+        Raises SettingsError where the processes cannot read each other's shards.
         """
         size = max(self.sizes, default=0)
         self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(RESIDENT_REGIONS)]
         if self.shards is not None:
-            self.shards.connect(self.slots[0])
+            self._connect(self.shards)
             log.info(
                 "The frozen weights are sharded over %d processes: %.3g of %.3g GiB are here, and the others' are read "
                 "at %.0f GB/s.",
@@ -139,6 +141,17 @@ class WeightStreamer:
         for tensors in self.tensors:
             for streamed in tensors:
                 streamed.tensor.data = streamed.view(self.slots[0])
+
+    def _connect(self, shards: Shards) -> None:
+        try:
+            shards.connect(self.slots[0])
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as problem:
+            raise SettingsError(
+                f"PARAMS_OFFLOAD=shards: the GPUs cannot read each other's memory ({problem}). Fix: set "
+                "PARAMS_OFFLOAD=weights."
+            ) from problem
 
     def move_to_host(self) -> None:
         """Move sharded weights to host memory; all processes must call it."""
@@ -151,6 +164,8 @@ class WeightStreamer:
             if self.pinned:
                 self.buffers.append(buffer)
         self.forget()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # a region that was fetched ahead may still be read
         self.shards.peers.all_agree(True)  # until all have read what is here
         self.shards = None
 

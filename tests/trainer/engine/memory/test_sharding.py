@@ -21,7 +21,7 @@ from trainer.engine.execution import Engine
 from trainer.engine.memory import checkpointing, sharding
 from trainer.engine.memory.sharding import Peers, Shards, unreachable
 from trainer.engine.memory.weight_streaming import WeightStreamer
-from trainer.spec.errors import KilnError
+from trainer.spec.errors import KilnError, SettingsError
 from trainer.spec.family import get_family
 from trainer.spec.plan import EnginePlan
 
@@ -32,8 +32,11 @@ def roomy_weights(monkeypatch):
     monkeypatch.setattr("trainer.spec.adapter_columns.MIN_SIDE_PER_COLUMN", 0)
 
 
+WAIT_S = 60
+
+
 def wait_for(path):
-    until = time.monotonic() + 60
+    until = time.monotonic() + WAIT_S
     while not path.exists():
         assert time.monotonic() < until, path
         time.sleep(0.001)
@@ -181,10 +184,33 @@ def test_whether_memory_can_be_read_is_tried_and_all_agree(tmp_path, monkeypatch
     folder.mkdir()
     monkeypatch.setattr(Shards, "_open", refused)
     found = together(folder, 2, lambda peers: unreachable(peers, "cpu"))
-    assert found == [
-        "the GPUs cannot read each other's memory (says another process)",
-        "the GPUs cannot read each other's memory (CUDA error: peer access is not supported)",
-    ]
+    why = "process 1: CUDA error: peer access is not supported"
+    assert found == [f"the GPUs cannot read each other's memory ({why})"] * 2
+
+
+def test_a_process_of_another_machine_may_be_the_one_that_cannot(tmp_path):
+    def alone(peers):
+        """Two machines with one process each, of which the second cannot."""
+        here = Peers(0, 1, tmp_path / str(peers.number), wait_for, peers.all_agree)
+        here.folder.mkdir()
+        return sharding._said_by_any(here, "broken" if peers.number else "")
+
+    assert together(tmp_path, 2, alone) == ["says a process of another machine", "broken"]
+
+
+def test_a_process_without_memory_for_the_trial_keeps_no_other_waiting(tmp_path, monkeypatch):
+    """It fails before the first exchange, in which the others would wait for it."""
+    keep = Shards.keep
+
+    def full(self, region_N):
+        if self.peers.number == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+        keep(self, region_N)
+
+    monkeypatch.setattr(Shards, "keep", full)
+    monkeypatch.setattr(sys.modules[__name__], "WAIT_S", 5)
+    found = together(tmp_path, 2, lambda peers: unreachable(peers, "cpu"))
+    assert found == ["the GPUs cannot read each other's memory (process 1: CUDA out of memory.)"] * 2
 
 
 @pytest.mark.parametrize(("host", "count", "is_slow"), [(30.0, 2, False), (50.0, 2, True), (50.0, 1, False)])
@@ -212,12 +238,48 @@ def test_a_process_that_cannot_share_its_memory_keeps_no_other_waiting(tmp_path,
     handles = Shards._handles
 
     def failing(self):
-        return (None, RuntimeError("no such call")) if self.peers.number == 0 else handles(self)
+        if self.peers.number == 0:
+            self.device = torch.device("cuda")  # a part on a CPU cannot be shared as one of a GPU
+        return handles(self)
 
+    def no_device():
+        raise RuntimeError("no such call\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", no_device)
     monkeypatch.setattr(Shards, "_handles", failing)
     found = together(tmp_path, 2, lambda peers: unreachable(peers, "cpu"))
-    why = ["no such call", "process 0 cannot share its memory"]
-    assert found == [f"the GPUs cannot read each other's memory ({each})" for each in why]
+    why = "process 0 cannot share its memory: no such call"
+    assert found == [f"the GPUs cannot read each other's memory ({why})"] * 2
+
+
+def test_a_model_that_cannot_be_shared_out_when_it_is_loaded_names_the_remedy(tmp_path, monkeypatch):
+    """What the trial could do may fail with the whole model: it is no bug of the program."""
+
+    def refused(self, handle, size):
+        raise RuntimeError("CUDA error: out of mappings\nmore")
+
+    monkeypatch.setattr(Shards, "_open", refused)
+
+    def load(peers):
+        streamer = WeightStreamer("cpu", shards=Shards(peers, "cpu"))
+        streamer.add_region(torch.nn.Linear(8, 8).requires_grad_(False))
+        with pytest.raises(SettingsError, match=r"process \d: CUDA error: out of mappings\)\. Fix: .*=weights\.$"):
+            streamer.allocate_slots()
+
+    together(tmp_path, 2, load)
+
+
+def test_the_device_has_read_everything_before_the_others_may_free_it(tmp_path, monkeypatch):
+    """The region after the last that was loaded is fetched ahead, on a stream of its own."""
+    events = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("read"))
+    peers = Peers(0, 1, tmp_path, wait_for, lambda answer: events.append("agreed"))
+    streamer = WeightStreamer("cpu", shards=Shards(peers, "cpu"))
+    streamer.add_region(torch.nn.Linear(8, 8).requires_grad_(False))
+    streamer.allocate_slots()
+    streamer.device = torch.device("cuda")
+    streamer.move_to_host()
+    assert events == ["read", "agreed"] and streamer.shards is None
 
 
 def test_the_last_fallback_streams_the_weights_from_the_host(tmp_path, monkeypatch, caplog):
