@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
+from functools import partial
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode, urlsplit
@@ -17,6 +18,7 @@ from urllib.parse import urlencode, urlsplit
 from entrypoint.fetch import http
 from entrypoint.fetch.doors.offer import refusal
 from entrypoint.fetch.doors.shares import DRIVE_HOSTS, KEY, is_login
+from entrypoint.fetch.http import RetryPolicy
 from trainer.network import addresses
 from trainer.network.errors import TransientError
 from trainer.spec.errors import DataError, GatedError, SettingsError
@@ -56,18 +58,18 @@ def link_of(number: str) -> str:
     return f"https://drive.google.com/file/d/{number}/view"
 
 
-def listed(named: str, text: str) -> Iterator[tuple[str, int, str]]:
+def listed(named: str, text: str, *, retries: RetryPolicy) -> Iterator[tuple[str, int, str]]:
     """Names, UNKNOWN and numbers of all files in a folder and those below it.
 
-    Documents of Google's own are no files: a warning names them. Raises GatedError (it is not shared), SettingsError,
-    TransientError.
+    Documents of Google's own are no files: a warning names them. Each list is asked for until it comes. Raises
+    GatedError (it is not shared), SettingsError, UnreachableError.
     """
     from trainer.network.client import open_client
 
     names, others = Names(), list[str]()
     waiting, seen = [("", number_of(named, text), 0)], set[str]()
     count = 0
-    with open_client(timeout=http.USUAL.timeout) as client:
+    with open_client(timeout=retries.timeout) as client:
         while waiting:
             above, number, depth = waiting.pop()
             if number in seen:  # a folder may be in several
@@ -75,20 +77,23 @@ def listed(named: str, text: str) -> Iterator[tuple[str, int, str]]:
             seen.add(number)
             if len(seen) > MOST_FOLDERS or depth > DEEPEST:
                 raise SettingsError(f"{named}: more than {MOST_FOLDERS} folders, or {DEEPEST} in each other. {PACK}")
-            for title, link in _entries(named, _page(named, client, number)):
+            asked = partial(_asked, named, client, number)
+            for title, link in http.persist(asked, what=named, retries=retries):
                 name = f"{above}{title}"
+                folder, file = _LINKED_FOLDER.match(link), _LINKED_FILE.match(link)
+                if folder is None and file is None:  # no file here will have its title
+                    others.append(name)
+                    continue
                 if "/" in title or not is_safe(title):
                     raise SettingsError(f"{named}: {printable(name)} cannot be the name of a file. Rename it there.")
-                if folder := _LINKED_FOLDER.match(link):
+                if folder is not None:
                     waiting.append((f"{name}/", folder[1], depth + 1))
-                elif file := _LINKED_FILE.match(link):
+                elif file is not None:
                     count += 1
                     if count > MOST_FILES:
                         raise SettingsError(f"{named}: more than {MOST_FILES:,} files. {PACK}")
                     _add(named, names, name)
                     yield name, UNKNOWN, file[1]
-                else:
-                    others.append(name)
     if others:
         log.warning("%s: left out, since they are no files: %s.", named, some(others))
 
@@ -98,6 +103,11 @@ def _add(named: str, names: Names, name: str) -> None:
         names.add(name, folder=False)
     except DataError as problem:
         raise SettingsError(f"{named}: {printable(str(problem))}. Rename it in Google Drive.") from problem
+
+
+def _asked(named: str, client: httpx.Client, number: str) -> list[tuple[str, str]]:
+    """Titles and links of the entries of a folder, by one try."""
+    return _entries(named, _page(named, client, number))
 
 
 def _page(named: str, client: httpx.Client, number: str) -> str:
@@ -127,7 +137,8 @@ class _List(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.entries: list[tuple[str, str]] = []
-        self.is_list = False
+        self.is_list = False  # an empty one is marked, too
+        self.announced = 0
         self._link = ""
         self._title: str | None = None
 
@@ -136,6 +147,8 @@ class _List(HTMLParser):
         classes = (own.get("class") or "").split()
         if "flip-entries" in classes or "flip-entry" in classes:
             self.is_list = True
+        if "flip-entry" in classes:
+            self.announced += 1
         if tag == "a":
             self._link = own.get("href") or ""
         if "flip-entry-title" in classes:
@@ -152,10 +165,16 @@ class _List(HTMLParser):
 
 
 def _entries(named: str, page: str) -> list[tuple[str, str]]:
+    """Raises GatedError for the page of a login, TransientError for any other that is no list, or not all of one.
+
+    What is no list must never count as an empty one: images would be missing without a word.
+    """
     reader = _List()
     reader.feed(page)
     if not reader.is_list and re.search(r"(?i)sign in|need access|ServiceLogin", page):
         raise GatedError(f"{named}: Google Drive asks for a login: the folder is not shared. Set {KEY}.")
-    if not reader.is_list and "<html" not in page.lower():
+    if not reader.is_list:
         raise TransientError("the answer is no list of a folder")
+    if len(reader.entries) != reader.announced:
+        raise TransientError(f"the list has {reader.announced} entries, and names {len(reader.entries)} of them")
     return reader.entries

@@ -10,7 +10,7 @@ import re
 import shutil
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,18 +37,19 @@ PATIENCE_S = 10.0  # for a silent service, where the folder is here
 
 def listing(named: str, location: str, keys: Keys, *, retries: RetryPolicy) -> list[Listed]:
     """The files below a name; with none of them, DataError. Raises what `buckets.listed` raises."""
-    found = sorted(http.persist(partial(_listed, named, location, keys), what=named, retries=retries))
+    found = sorted(_listed(named, location, keys, retries))
     if not found:
         raise DataError(f"{named}: there is no file of this name, and none below it. Check the path.")
     return found
 
 
-def _listed(named: str, location: str, keys: Keys) -> list[Listed]:
+def _listed(named: str, location: str, keys: Keys, retries: RetryPolicy) -> Iterator[Listed]:
+    """Each door tries again by itself: a long list has many pages, and what failed is one of them."""
     if hub_buckets.is_one(location):
-        return list(hub_buckets.listed(named, hub_buckets.parse(named, location), keys.hub))
+        return hub_buckets.listed(named, hub_buckets.parse(named, location), keys.hub, retries=retries)
     if drive_folders.is_one(location):
-        return list(drive_folders.listed(named, location))
-    return list(buckets.listed(named, buckets.parse(named, location), keys.clouds))
+        return drive_folders.listed(named, location, retries=retries)
+    return buckets.listed(named, buckets.parse(named, location), keys.clouds)
 
 
 def known(location: str, cache: Path, clouds: Mapping[str, str]) -> Path | None:

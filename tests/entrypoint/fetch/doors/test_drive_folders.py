@@ -12,7 +12,7 @@ from entrypoint.fetch import http
 from entrypoint.fetch.doors import drive_folders, folders, shares
 from entrypoint.fetch.doors.keys import NO_KEYS
 from tests.support.shelf import Shelf
-from trainer.spec.errors import DataError, GatedError, SettingsError
+from trainer.spec.errors import DataError, GatedError, SettingsError, UnreachableError
 
 QUICK = http.RetryPolicy(budget=2.0, unreached=0.2, first_wait=0.01, longest_wait=0.02, timeout=5.0)
 TOP, INNER = "1Folder-0123456789", "1Inner-0123456789"
@@ -104,10 +104,10 @@ def test_all_files_of_a_folder_and_of_those_in_it_come_once(drive, tmp_path):
 
 
 def test_what_is_no_file_is_named(drive, tmp_path, caplog):
-    drive.lists[TOP] = page(file("a.png"), entry("https://docs.google.com/document/d/1Doc-0123456789/edit", "notes"))
+    drive.lists[TOP] = page(file("a.png"), entry("https://docs.google.com/document/d/1Doc-0123456789/edit", "9/11"))
     drive.contents[number_of("a.png")] = b"1"
     bring(tmp_path)
-    assert "left out, since they are no files: notes" in caplog.text
+    assert "left out, since they are no files: 9/11" in caplog.text
 
 
 def test_a_job_that_was_stopped_asks_for_what_is_missing_alone(drive, tmp_path, monkeypatch):
@@ -145,6 +145,36 @@ def test_what_is_not_shared_says_so(drive, tmp_path):
 def test_an_empty_folder_is_no_dataset(drive, tmp_path):
     drive.lists[TOP] = page()
     refused(DataError, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "<html><title>Before you continue</title><form>Accept all</form></html>",
+        "<html><body>Sorry, something went wrong.</body></html>",
+        "<html><body><div class='grid-entries'><a href='/file/d/1'>a.png</a></div></body></html>",
+        page(file("b.png")).replace("flip-entry-title", "flip-entry-name"),
+    ],
+)
+def test_a_page_that_is_no_list_is_never_an_empty_folder(drive, tmp_path, shown):
+    drive.lists = {TOP: page(file("a.png"), folder(INNER, "sub")), INNER: shown}
+    drive.contents[number_of("a.png")] = b"1"
+    assert "list" in refused(UnreachableError, tmp_path)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_list_that_fails_is_asked_for_again_and_no_other(drive, tmp_path):
+    drive.lists = {TOP: page(file("a.png"), folder(INNER, "sub")), INNER: page(file("b.png"))}
+    drive.contents = {number_of("a.png"): b"1", number_of("b.png"): b"22"}
+    of_list, failures = drive.rules["/list"], [503, 503]
+
+    def failing(request):
+        return (failures.pop(), HTML, b"") if INNER in request.path and failures else of_list(request)
+
+    drive.rules["/list"] = failing
+    assert held(bring(tmp_path)) == {"a.png": b"1", "sub/b.png": b"22"}
+    lists = [path for _, path, _ in drive.asked if path.startswith("/list")]
+    assert [INNER in path for path in lists] == [False, True, True, True]
 
 
 def test_folders_without_end_end(drive, tmp_path, monkeypatch):
