@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from entrypoint.fetch import http
 from entrypoint.fetch.doors import buckets, drive_folders, hub_buckets, shares
 from entrypoint.fetch.doors.keys import Keys
-from entrypoint.fetch.doors.offer import refusal
+from entrypoint.fetch.doors.offer import Offer, refusal
 from entrypoint.fetch.http import RetryPolicy
 from trainer.network import addresses
 from trainer.spec.errors import DataError, GatedError, UnreachableError
@@ -119,29 +119,20 @@ def _fill(
     """
     from trainer.network.client import open_client
 
-    requests = _Requests(named, location, keys, retries)
     cancelled = retries.cancelled or threading.Event()
+    requests = _Requests(named, location, keys, replace(retries, cancelled=cancelled))
     progress = http.Progress(named, sum(max(0, size) for _, size, _ in found))
 
-    def refuse(response: httpx.Response) -> None:
-        raise refusal(named, response, key=requests.key)
-
-    def one(name: str, size: int, version: str) -> None:
-        url, headers = requests.of(name, version)
-        staged = _staged(staging, name, version)
-        part = staged.with_suffix(".part")
-        stated = version if requests.states_versions and not DATE.match(version) else None
-        job = http.Download(
-            url, staged, part, f"{named}: {name}", headers, size=size if size >= 0 else None, version=stated
-        )
-        http.download(client, job, retries=retries, refuse=refuse, progress=progress, cancelled=cancelled)
+    def one(row: Listed) -> None:
+        staged = _staged(staging, row[0], row[2])
+        requests.bring(client, row, path=staged, part=staged.with_suffix(".part"), progress=progress)
 
     with open_client(timeout=retries.timeout) as client:
         jobs = []
         for name, size, version in found:
             # Of an empty file there is nothing to ask for; some are the marks of empty folders.
             if size != 0 and not _is_here(_staged(staging, name, version), size):
-                jobs.append(partial(one, name, size, version))
+                jobs.append(partial(one, (name, size, version)))
         http.in_parallel(jobs, workers=PARALLEL_FILES, cancelled=cancelled)
     try:
         for name, size, version in found:
@@ -156,30 +147,65 @@ def _fill(
 
 
 class _Requests:
-    """How the files below a name are asked for. `states_versions`: with the versions that the list has."""
+    """How the files below a name are asked for, with the keys of their service."""
 
     def __init__(self, named: str, location: str, keys: Keys, retries: RetryPolicy) -> None:
         self._named, self._keys, self._retries = named, keys, retries
         self._hub: hub_buckets.HubPlace | None = None
         self._place: buckets.Place | None = None
-        self.states_versions = False
         if drive_folders.is_one(location):
-            self.key = shares.KEY
+            self._key = shares.KEY
         elif hub_buckets.is_one(location):
-            self._hub, self.key = hub_buckets.parse(named, location), hub_buckets.KEY
+            self._hub, self._key = hub_buckets.parse(named, location), hub_buckets.KEY
         else:
             self._place = buckets.parse(named, location)
-            self.key, self.states_versions = buckets.KEY_OF[self._place.service], True
+            self._key = buckets.KEY_OF[self._place.service]
 
-    def of(self, name: str, version: str) -> tuple[str, Mapping[str, str]]:
-        """The address and the headers for a file. Of one in Google Drive, its version is its number there."""
+    def bring(
+        self, client: httpx.Client, row: Listed, *, path: Path, part: Path, progress: http.Progress | None = None
+    ) -> None:
+        """Download one of the files to `path`. Raises what `http.download` raises, and refusals."""
+        name, size, _ = row
+        what = f"{self._named}: {name}"
+
+        def refuse(response: httpx.Response) -> None:
+            raise refusal(what, response, key=self._key)
+
+        offer = self._offer(row)
+        if size < 0:
+            part = _part_of(offer, part)
+        job = http.Download(offer.url, path, part, what, offer.headers, size=offer.size, version=offer.version)
+        http.download(client, job, retries=self._retries, refuse=refuse, progress=progress)
+
+    def _offer(self, row: Listed) -> Offer:
+        """A file as it is asked for: with the size and the version that the answer must have, where they are known.
+
+        The list of a bucket has them. Of a file in Google Drive it has neither, and what stands for its version is its
+        number there, which all its versions share: the file itself is asked.
+        """
+        name, size, version = row
         if self._hub is not None:
             headers = {"Authorization": f"Bearer {self._keys.hub}"} if self._keys.hub else {}
-            return self._hub.below(name).address, headers
+            return Offer(self._hub.below(name).address, headers, size=size)
         if self._place is None:
-            offer = shares.ask(f"{self._named}: {name}", drive_folders.link_of(version), retries=self._retries)
-            return offer.url, offer.headers
-        return buckets.signed(self._named, self._place.below(name), "GET", self._keys.clouds), {}
+            return shares.ask(f"{self._named}: {name}", drive_folders.link_of(version), retries=self._retries)
+        url = buckets.signed(self._named, self._place.below(name), "GET", self._keys.clouds)
+        return Offer(url, size=size, version=None if DATE.match(version) else version)
+
+
+def _part_of(offer: Offer, part: Path) -> Path:
+    """Where a file is received that its list does not describe: a place for each version.
+
+    Of a file of which no version is known, an earlier part may be one of another file, and is deleted.
+    """
+    own = hashlib.sha256(json.dumps([offer.version, offer.size]).encode()).hexdigest()[:16]
+    part = part.with_name(f"{part.stem}-{own}.part")
+    if offer.version is None:
+        try:
+            part.unlink(missing_ok=True)
+        except OSError as problem:
+            raise storage_error(problem, part) from problem
+    return part
 
 
 def _staged(staging: Path, name: str, version: str) -> Path:

@@ -167,7 +167,7 @@ def test_a_folder_of_a_bucket_becomes_a_folder_and_goes_on_where_it_was_stopped(
         return [urlsplit(path).path.rpartition("/")[2] for _, path, _ in server.asked if "/set/10_dog/" in path]
 
     server.rules["/mine/set/10_dog/3.png"] = lambda _: (403, {}, b"<Code>AccessDenied</Code>")
-    with pytest.raises(GatedError, match="DATASET_NAME=s3://mine/set: the server forbids it"):
+    with pytest.raises(GatedError, match=r"DATASET_NAME=s3://mine/set: 10_dog/3\.png: the server forbids it"):
         fetched()
     assert asked() == ["0.png", "0.txt", "1.png", "1.txt", "2.png", "2.txt", "3.png"]
     del server.rules["/mine/set/10_dog/3.png"]

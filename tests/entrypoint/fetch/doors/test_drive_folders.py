@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+from dataclasses import replace
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -75,8 +76,8 @@ def drive(monkeypatch):
         yield shelf
 
 
-def bring(tmp_path):
-    return folders.bring("X=drive", LINK, NO_KEYS, cache=tmp_path, retries=QUICK)
+def bring(tmp_path, retries=QUICK):
+    return folders.bring("X=drive", LINK, NO_KEYS, cache=tmp_path, retries=retries)
 
 
 def held(place):
@@ -119,6 +120,63 @@ def test_a_job_that_was_stopped_asks_for_what_is_missing_alone(drive, tmp_path, 
     before = len(drive.asked)
     assert held(bring(tmp_path)) == {"a.png": b"1", "b.png": b"22"}
     assert not any(number_of("a.png") in path for _, path, _ in drive.asked[before:])
+
+
+OLD, NEW = bytes(50) + b"old version" * 20_000, bytes(50) + b"new version" * 20_000  # equally long
+
+
+def serve_in_parts(drive, data, tag, *, breaks, tells=lambda request: True):
+    """One file, with ranges; `tag`: its version, None: it has none. `breaks`: no answer is whole."""
+    length = len(data)
+
+    def answer(request):
+        said = request.headers.get("Range", "bytes=0-").removeprefix("bytes=")
+        first, last = (int(number or length - 1) for number in said.split("-"))
+        head = {"Content-Type": "image/png", "Content-Range": f"bytes {first}-{last}/{length}"}
+        if tag and tells(request):
+            head["ETag"] = tag
+        body = data[first : last + 1]
+        if breaks and last > 0:
+            body = data[first : length // 2]
+            head |= {"Content-Length": str(last + 1 - first), "Connection": "close"}
+            request.close_connection = True
+        return (206 if "Range" in request.headers else 200), head, body
+
+    drive.lists[TOP] = page(file("a.png"))
+    drive.rules["/download"] = answer
+
+
+def is_of_one_byte(request):
+    return request.headers.get("Range") == "bytes=0-0"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "tells"),
+    [
+        ('"1"', '"2"', lambda request: True),
+        (None, None, lambda request: True),
+        ('"1"', None, lambda request: True),
+        ('"1"', '"1"', is_of_one_byte),  # it cannot be compared
+    ],
+)
+def test_a_file_is_never_put_together_from_two_versions(drive, tmp_path, old, new, tells):
+    serve_in_parts(drive, OLD, old, breaks=True, tells=tells)
+    with pytest.raises(UnreachableError):
+        bring(tmp_path, replace(QUICK, budget=0.3))
+    serve_in_parts(drive, NEW, new, breaks=False, tells=tells)
+    assert held(bring(tmp_path)) == {"a.png": NEW}
+
+
+def test_the_same_version_goes_on_where_it_was(drive, tmp_path):
+    serve_in_parts(drive, OLD, '"1"', breaks=True)
+    with pytest.raises(UnreachableError):
+        bring(tmp_path, replace(QUICK, budget=0.3))
+    asked = []
+    serve_in_parts(
+        drive, OLD, '"1"', breaks=False, tells=lambda request: asked.append(request.headers["Range"]) or True
+    )
+    assert held(bring(tmp_path)) == {"a.png": OLD}
+    assert asked[-1] == f"bytes={len(OLD) // 2}-"
 
 
 @pytest.mark.parametrize("title", ["../out.png", "a/b.png", "..", "nul\x01.png", "x" * 300])
