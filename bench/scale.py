@@ -1,6 +1,6 @@
 """What many images cost: seconds, memory and files from 10³ images on, and the exponent by which each grows.
 
-    python -m bench scale [--part images cache] [--counts 1000 10000 100000] [--read 2000] [--markdown FILE]
+    python -m bench scale [--part images cache shards] [--counts 1000 10000 100000] [--read 2000] [--markdown FILE]
 
 Each number of images is measured in a process of its own, whose peak of memory is the row's; so are the two parts.
 
@@ -11,20 +11,29 @@ most of the time. Everything else is done for all of them.
 
 cache: so many small items are written, found again by a process that opens the cache, and some of them read. Up to
 MOST_FILES also as a file each, as they were before there were packs.
+shards: from tar files to the order of an epoch in windows. Shards of PER_SHARD small JPEGs with a text each come from
+another folder, at most some at a time, as a stream of a bucket's comes; then the tables alone are read, as the next
+start does; then an epoch in windows of a tenth of the images, and the shards that each window needs. `held` is the most
+bytes of shards that were here at once, as a share of all.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +47,21 @@ from trainer.data.cache import Cache, find_missing
 from trainer.data.compact.examined import FileInfo
 from trainer.data.epochs import EpochSampler
 from trainer.data.identity import fingerprint
+from trainer.data.order.windows import assign
+from trainer.data.records import ImageRecord
 from trainer.data.report import write_report
+from trainer.data.shards.stream import ShardStream
 from trainer.spec.plan import DataPlan, Dataset, Source, Subset
 
-PARTS = ("images", "cache")
+PARTS = ("images", "cache", "shards")
 MOST_FILES = 10_000
 LOADED = 1_000  # items that are read
 COUNTS = (1_000, 10_000, 100_000)
 READ = 2_000
 KINDS = 512  # different files: a file system allows some ten thousand names of one
 PER_FOLDER = 10_000
+PER_SHARD = 1_000
+WINDOWS = 10
 SIZES = ((64, 64), (96, 64), (64, 96), (80, 64), (64, 112))
 CAPTION = "picture {}, a person walks along a street in the evening light, some tag, another tag, wide view"
 NO_COST = 0.05  # seconds: what takes less at the smallest number says nothing of how it grows
@@ -78,7 +92,7 @@ def exponents(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     grown = math.log(after["images"] / before["images"])
     found = {}
     for key in after:
-        if key in ("part", "images", "read_ms") or key not in before:
+        if key in ("part", "images", "read_ms", "held") or key not in before:
             continue
         is_cost = before[key] > (NO_COST if key.endswith("_s") else 0) and after[key] > 0
         found[key] = f"{math.log(after[key] / before[key]) / grown:.2f}" if is_cost else "-"
@@ -194,6 +208,96 @@ def measure_cache(home: Path, count: int) -> dict[str, Any]:
     return row
 
 
+def pack(folder: Path, count: int) -> ShardStream:
+    """Shards in `folder`, and the stream that they are to come by. Nothing of it is here yet."""
+    drawn = folder.parent / "drawn"
+    drawn.mkdir()
+    draw(drawn, KINDS)
+    contents = [path.read_bytes() for path in sorted(drawn.parent.glob("*.jpg"))]
+    rows = []
+    for first in range(0, count, PER_SHARD):
+        shard = folder / f"{first // PER_SHARD:05}.tar"
+        with tarfile.open(shard, "w") as archive:
+            for i in range(first, min(first + PER_SHARD, count)):
+                # The bytes behind a JPEG's end are read by nobody, and make each file another one.
+                image = contents[i % len(contents)] + i.to_bytes(8, "big")
+                for name, data in ((f"{i:08}.jpg", image), (f"{i:08}.txt", CAPTION.format(i).encode())):
+                    header = tarfile.TarInfo(name)
+                    header.size = len(data)
+                    archive.addfile(header, io.BytesIO(data))
+        rows.append((shard.name, shard.stat().st_size, "1"))
+    stream = ShardStream(folder.parent / "stream", tuple(rows))
+    stream.root.mkdir(parents=True)
+    stream.write()
+    return stream
+
+
+class _Bringer(threading.Thread):
+    """What `entrypoint.fetch.streams` does, from a folder in the place of a bucket."""
+
+    def __init__(self, stream: ShardStream, far: Path) -> None:
+        super().__init__(daemon=True)
+        self.stream, self.far = stream, far
+        self.ended = threading.Event()
+        self.most = 0
+
+    def run(self) -> None:
+        while not self.ended.wait(0.02):
+            self.stream.show_life()
+            wanted = self.stream.wanted()
+            here = list(self.stream.root.glob("*.tar"))
+            self.most = max(self.most, sum(path.stat().st_size for path in here))
+            for path in here:
+                if path.name not in wanted:
+                    path.unlink()
+            for name in wanted:
+                if not (self.stream.root / name).exists():
+                    part = self.stream.folder / "part"
+                    shutil.copyfile(self.far / name, part)
+                    part.rename(self.stream.root / name)
+
+
+def measure_shards(home: Path, count: int) -> dict[str, Any]:
+    """One row. Seconds are those of one core."""
+    far = home / "far"
+    far.mkdir()
+    stream = pack(far, count)
+    total = sum(size for _, size, _ in stream.shards)
+    subset = Subset(Source("bucket", "s3://bench/shards", path=str(stream.folder)))
+    data = DataPlan((Dataset((subset,), (512, 512), batch_size=4, enable_bucket=True),))
+    row: dict[str, Any] = {"part": "shards", "images": count, "shards": len(stream.shards)}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        started = time.process_time()
+        result = work()
+        row[name] = round(time.process_time() - started, 2)
+        return result
+
+    bringer = _Bringer(stream, far)
+    bringer.start()
+    try:
+        timed("first_scan_s", lambda: scanning.scan(data, cpu_workers=0))
+    finally:
+        bringer.ended.set()
+        bringer.join()
+    row["held"] = round(bringer.most / total, 3)
+    found = timed("next_scan_s", lambda: scanning.scan(data, cpu_workers=0))
+    assert len(found.images) == count
+    windows = partial(assign, size=lambda _: 1, budget=count // WINDOWS + 2 * PER_SHARD, seed=0, unit=_shard)
+    sampler = timed("windows_s", lambda: EpochSampler(found.images, data, seed=0, windows=windows))
+    row["windows"] = len(sampler.windows)
+    epoch = timed("order_s", lambda: sampler.epoch(0))
+    timed("place_s", lambda: epoch.span(sampler.steps_per_epoch(1) - 1, 1))
+    timed("files_s", lambda: [sampler.files(window) for window in sampler.windows])
+    row["tables_mib"] = round(sum(path.stat().st_size for path in stream.folder.rglob("*.jsonl")) / 2**20, 1)
+    row["peak_mib"] = round(_peak_mib(), 1)
+    return row
+
+
+def _shard(image: ImageRecord) -> str:
+    return str(image.file)
+
+
 def _peak_mib() -> float:
     """This program's own peak memory. ru_maxrss also counts the memory of its parent when that started it."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -209,8 +313,10 @@ def _main(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as home:
         if flags.part == "images":
             row = measure(Path(home), flags.count, flags.read)
-        else:
+        elif flags.part == "cache":
             row = measure_cache(Path(home), flags.count)
+        else:
+            row = measure_shards(Path(home), flags.count)
         print(json.dumps(row))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from entrypoint import bake
 from entrypoint.dataset_config.manifest import read_manifest
-from entrypoint.fetch import flash_attention, http
+from entrypoint.fetch import flash_attention, http, streams
 from entrypoint.fetch.doors import variables as doors
 from entrypoint.fetch.doors.keys import Keys
 from entrypoint.fetch.everything import Access, fetch_all
@@ -307,7 +307,9 @@ def _trained(plan: Plan, settings: Settings, environ: Mapping[str, str], nodes: 
     page = monitor.showing(settings.finish.monitor_port, settings.finish.monitor_token, environ, out=out, price=price)
     with page, trackers.tracking(tracker, out, own) as tracked:
         with Trainers(plan, environment=environ, nodes=nodes) as trainers:
-            code = tracked.exit_code = trainers.run(fetch_all(plan, settings, access))
+            ready = fetch_all(plan, settings, access)
+            with streams.serving(ready, dataclasses.replace(access.keys, hub=access.token)):
+                code = tracked.exit_code = trainers.run(ready)
         # Then somebody waits for the end of this process, also if the LoRA was complete by then.
         is_stopped = trainers.stopped or code in (128 + signal.SIGTERM, 128 + signal.SIGINT)
         if not is_stopped:

@@ -263,10 +263,10 @@ def _encode_prompts(
     max_tokens: int,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Texts → their embeddings, with a batch axis, by the text encoders with the LoRAs. Frees the encoders."""
+    from trainer.data import encode
     from trainer.engine.device import release
-    from trainer.job import prepare
 
-    texts = list(dict.fromkeys(prepare.prompt_texts(prompts)))
+    texts = list(dict.fromkeys(encode.prompt_texts(prompts)))
     encoders = family.load_encoders(folder, device=device, dtype=dtype)
     for component in family.LORA_KEYS.encoders:
         apply_loras(getattr(encoders, component), loras, component=component)

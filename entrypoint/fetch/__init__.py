@@ -2,8 +2,8 @@
 
 Read `everything` (what a job fetches, at the same time), `fetch`, `hub`, `http`, `archive`, `local_weights` (models
 that need no repository), `training_adapter` (one file), `packages` (what the images lack) and `flash_attention`.
-`hub_dataset` makes a folder of a dataset of the Hub, `doors` brings files from other places. `captioner` brings the
-model that captions images.
+`streams` brings shards while the job trains. `hub_dataset` makes a folder of a dataset of the Hub, `doors` brings files
+from other places. `captioner` brings the model that captions images.
 
 Imports `entrypoint.settings`, `entrypoint.system` and `entrypoint.dataset_config`.
 """

@@ -17,6 +17,8 @@ from entrypoint.fetch.training_adapter import fetch_training_adapter
 from entrypoint.settings import Settings
 from trainer.base_model import model_folder
 from trainer.data.folders.own_output import Written
+from trainer.data.shards.stream import ShardStream
+from trainer.spec.errors import SettingsError
 from trainer.spec.family import facts_of
 from trainer.spec.plan import Dataset, ModelPlan, Plan, Source
 
@@ -48,7 +50,8 @@ def fetch_all(plan: Plan, settings: Settings, access: Access) -> Plan:
 
     def bring() -> dict[Source, Source]:
         doors.bring_all(access.arrivals, retries=retries)
-        return {source: fetch_source(source, cache=cache, keys=access.keys, **common) for source in sources}
+        own: dict[str, Any] = {"cache": cache, "most": plan.output.max_cache_bytes, "owner": plan.output.path, **common}
+        return {source: fetch_source(source, keys=access.keys, **own) for source in sources}
 
     model, fetched = http.both(bring_model, bring, cancelled=cancelled)
 
@@ -57,7 +60,26 @@ def fetch_all(plan: Plan, settings: Settings, access: Access) -> Plan:
         return dataclasses.replace(fetched[source], location=source.public)
 
     plan = dataclasses.replace(plan.map_sources(local), model=model)
+    _check_streams(plan)
     # Only now it is known whether an image lacks a caption.
     places = {"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": cache, "HF_HOME": hub_cache.parent}
     captioner = fetch_captioner(plan.data, cache=cache, written=Written(places), **common)
     return dataclasses.replace(plan, data=dataclasses.replace(plan.data, captioner=captioner))
+
+
+def _check_streams(plan: Plan) -> None:
+    """Raises SettingsError for what needs all images at once, where they come as a stream."""
+    streamed = [subset.source for subset in plan.data.subsets if ShardStream.of(Path(subset.source.path))]
+    if not streamed:
+        return
+    asked = {
+        "CAPTION_WITH": plan.data.captioner is not None,
+        "validation_split": any(dataset.validation_split for dataset in plan.data.datasets),
+        "NODES above 1": plan.engine.nodes > 1,
+    }
+    for name, is_asked in asked.items():
+        if is_asked:
+            raise SettingsError(
+                f"{name} needs all images at once, and the shards of {streamed[0].public} do not all fit CACHE_PATH. "
+                f"Fix: remove it, or give CACHE_PATH a larger volume (and MAX_CACHE_GIB, where it is set)."
+            )

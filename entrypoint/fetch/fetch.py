@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entrypoint.dataset_config.sources import ARCHIVES, no_such_folder
-from entrypoint.fetch import archive, http, hub, local_weights
+from entrypoint.fetch import archive, http, hub, local_weights, streams
 from entrypoint.fetch.doors import folders, service
 from entrypoint.fetch.doors.keys import NO_KEYS, Keys
 from entrypoint.fetch.doors.offer import Offer, refusal
@@ -105,12 +105,15 @@ def fetch_source(
     keys: Keys = NO_KEYS,
     hub_cache: Path | None = None,
     retries: RetryPolicy = http.USUAL,
+    most: int | None = None,
+    owner: str = "",
 ) -> Source:
     """`source` with `path` filled in (and `commit`, if it is from the Hub): a folder of image files.
 
     Archives, Hub datasets and what is in buckets become folders in `cache`/datasets, named by their content, so that
-    the next run finds them. `token`: the Hub's; `keys`: those of other services. Raises SettingsError, DataError (no or
-    dangerous content), GatedError, UnreachableError, StorageError.
+    the next run finds them. `token`: the Hub's; `keys`: those of other services. Shards that do not all fit get the
+    folder of a stream (`streams`, which has `most` and `owner`). Raises SettingsError, DataError (no or dangerous
+    content), GatedError, UnreachableError, StorageError.
     """
     if source.kind == "generated":
         return source  # the trainer draws these images
@@ -122,7 +125,8 @@ def fetch_source(
             return replace(source, path=str(_archive_folder(source, cache=cache, keys=keys, retries=retries)))
         if source.kind == "bucket":
             keys = replace(keys, hub=token)
-            folder = folders.bring(named(source), source.location, keys, cache=cache, retries=retries)
+            stream = partial(streams.begin, source, cache=cache, most=most, owner=owner)
+            folder = folders.bring(named(source), source.location, keys, cache=cache, retries=retries, stream=stream)
             return replace(source, path=str(folder))
         return _hub_dataset(source, cache=cache, token=token, hub_cache=hub_cache, retries=retries)
 

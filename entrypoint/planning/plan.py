@@ -95,6 +95,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
             settings.output,
             datasets,
             cache=settings.data.cache_path,
+            max_cache_bytes=_bytes(settings.data.max_cache_gib),
             resume_with_changes=settings.adapter.resume_with_changes,
             now=now,
             notes=notes,
@@ -441,6 +442,7 @@ def _output_plan(
     datasets: tuple[Dataset, ...],
     *,
     cache: Path,
+    max_cache_bytes: int | None,
     resume_with_changes: bool,
     now: datetime,
     notes: Notes,
@@ -463,8 +465,13 @@ def _output_plan(
         save_precision=settings.save_precision,
         requested=settings.output_name or "",
         resume_with_changes=resume_with_changes,
+        max_cache_bytes=max_cache_bytes,
         sample_strengths=_other_strengths(settings.sample_strengths),
     )
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else int(gib * 2**30)
 
 
 def _other_strengths(asked: Sequence[float]) -> tuple[float, ...]:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entrypoint.fetch import archive, fetch, flash_attention, http, hub, local_weights, training_adapter
+from entrypoint.fetch import archive, fetch, flash_attention, http, hub, local_weights, streams, training_adapter
 from entrypoint.fetch.doors import folders
 from entrypoint.fetch.doors.keys import NO_KEYS, Keys
 from entrypoint.fetch.http import RetryPolicy
@@ -28,15 +28,15 @@ from entrypoint.settings.checks import nearest_existing, raise_together
 from entrypoint.system.answers import Answers
 from entrypoint.system.machine import Machine
 from trainer.base_model import model_folder, weight_kinds, without_weights
-from trainer.data.folder_listing import list_folder
+from trainer.data.folder_listing import SHARD, Folder, list_folder
 from trainer.data.folders import formats
 from trainer.data.folders.own_output import Written
 from trainer.spec import memory_model
 from trainer.spec.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
 from trainer.spec.family import base_models, facts_of
 from trainer.spec.plan import AUTO, ModelPlan, Plan, Source, Subset
+from trainer.spec.rules.cache_size import LEAST_BYTES, bytes_per_image
 from trainer.spec.values import printable, some
-from trainer.spec.weight_formats import PRECISIONS
 from trainer.storage.atomic import human_size, storage_error
 from trainer.storage.json_files import LONGEST_NAME_BYTES
 from trainer.storage.read import files_below
@@ -46,13 +46,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Estimates, for the largest of the families.
-MINIATURE_CHANNELS = 16  # of a miniature's latents, or more than those
+# Estimates.
 TYPICAL_IMAGE_BYTES = 500_000
 LORA_BYTES_PER_RANK = 0.0005  # bytes of a float32 LoRA of rank 1 for each byte of the base model's weights
 STATE_BYTES_PER_LORA_BYTE = 5  # a state has the adapter and up to four optimiser tensors of its size
 AUTOMATIC_CHECKPOINTS = 2  # with their states, that KEEP_CHECKPOINTS=auto needs at least
 UNPACKED_BYTES_PER_ARCHIVE_BYTE = 1.1  # images are compressed already, so that archives hardly shrink them
+ENCODED = "encoded images"
 LOGGED_FILE_MIN_BYTES = 100 * 2**20  # larger files of a model are named in the log before they are fetched
 
 
@@ -61,6 +61,7 @@ class NeededSpace:
     """Bytes that the job will write, by the variable that names the place."""
 
     places: dict[str, Path]
+    most: int | None = None  # MAX_CACHE_GIB in bytes
     parts: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))  # variable → what → bytes
 
     def add(self, variable: str, what: str, size: float) -> None:
@@ -86,7 +87,7 @@ def preflight(
     SettingsError, GatedError, DataError, StorageError or UnreachableError, the first of these that applies.
     """
     places = {"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": Path(plan.output.cache), "HF_HOME": hub_cache}
-    space = NeededSpace(places)
+    space = NeededSpace(places, plan.output.max_cache_bytes)
     answers = answers or Answers(Machine())
     problems: list[KilnError] = []
 
@@ -118,26 +119,17 @@ def preflight(
         if variable != "HF_HOME" or space.parts["HF_HOME"]:
             attempt(partial(_check_writable, variable, places[variable], answers))
     if not any(isinstance(p, StorageError) for p in problems):
-        problems += _full_volumes(space, all_known=not problems)
+        problems += _full_volumes(space, all_known=not problems, rolls=plan.engine.nodes == 1)
     raise_together(problems)
     return bool(space.parts["HF_HOME"])
 
 
 def _cache_bytes_per_image(plan: Plan) -> dict[Source, int]:
     """Every source once, with the bytes that each of its images takes in the cache, its captions included."""
-    footprint = base_models()[plan.model.base][1].footprint
-    bytes_per_value = 4 if PRECISIONS[plan.engine.precision].dtype == "float32" else 2
-    caption_bytes = 0  # of a miniature, which has no footprint and small tokens
-    channels = MINIATURE_CHANNELS
-    if footprint:
-        channels = footprint.latent_channels
-        caption_bytes = footprint.caption_values * bytes_per_value
     sizes: dict[Source, int] = defaultdict(int)
     for dataset in plan.data.datasets:
-        width, height = dataset.resolution
-        latent_bytes = width * height // 64 * 2 * channels * 4  # fp32, whatever the precision
         for subset in dataset.subsets:
-            sizes[subset.source] += latent_bytes * subset.image_variants + caption_bytes * subset.caption_variants
+            sizes[subset.source] += bytes_per_image(plan, dataset, subset)
     return sizes
 
 
@@ -283,7 +275,7 @@ def _check_source(
         space.add("CACHE_PATH", "class images", count * TYPICAL_IMAGE_BYTES)
     elif source.kind == "folder":
         folder = list_folder(Subset(replace(source, path=str(fetch.local_folder(source)))), Written(space.places))
-        count = len(folder.images)
+        count = len(folder.images) or _images_in_shards(folder)
         if not count:
             names = [printable(name) for name in folder.all_names()]
             raise DataError(f"{fetch.named(source)}: {_without_images(source, names)}")
@@ -300,7 +292,13 @@ def _check_source(
         size = path.stat().st_size
         space.add("CACHE_PATH", "unpacked archives", size * UNPACKED_BYTES_PER_ARCHIVE_BYTE)
         count = size // TYPICAL_IMAGE_BYTES
-    space.add("CACHE_PATH", "encoded images", count * cache_bytes)
+    space.add("CACHE_PATH", ENCODED, count * cache_bytes)
+
+
+def _images_in_shards(folder: Folder) -> int:
+    """About how many: those of a folder that holds shards alone."""
+    total = sum((folder.root / name).stat().st_size for name in folder.shards)
+    return -(-total // TYPICAL_IMAGE_BYTES)
 
 
 def _without_images(source: Source, names: list[str]) -> str:
@@ -355,14 +353,20 @@ def _check_bucket(source: Source, space: NeededSpace, answers: Answers, keys: Ke
         return 0
     names = [name for name, _, _ in found]
     images = [name for name in names if name.lower().endswith(tuple(formats.READABLE_SUFFIXES))]
-    if not images:
-        raise DataError(f"{named}: {formats.why_none(names)}")
     are_known = all(size >= 0 for _, size, _ in found)
     size = sum(size if size >= 0 else TYPICAL_IMAGE_BYTES for _, size, _ in found)
+    count = len(images)
+    if not images and any(name.lower().endswith(SHARD) for name in names):
+        count = -(-size // TYPICAL_IMAGE_BYTES)
+    if not count:
+        raise DataError(f"{named}: {formats.why_none(names)}")
     shown = human_size(size) if are_known else "of sizes that are known once they come"
+    if streams.are_needed(found, cache, most=space.most):
+        logger.info("To stream: %s, %d files, %s.", named, len(found), shown)
+        return count
     logger.info("To fetch: %s, %d files, %s.", named, len(found), shown)
     space.add("CACHE_PATH", "the files of the bucket", size)
-    return len(images)
+    return count
 
 
 def _check_url(source: Source, space: NeededSpace, answers: Answers, keys: Keys, *, retries: RetryPolicy) -> int:
@@ -422,11 +426,12 @@ def _probe(folder: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def _full_volumes(space: NeededSpace, *, all_known: bool) -> list[KilnError]:
+def _full_volumes(space: NeededSpace, *, all_known: bool, rolls: bool) -> list[KilnError]:
     """One error for each file system without enough free space, with both numbers and what they are made of.
 
     Places on one file system share its space, so their needs are added up. `all_known`: False where a model or a
-    dataset could not be asked for its size, so that the log must not say that little is needed.
+    dataset could not be asked for its size, so that the log must not say that little is needed. `rolls`: images can be
+    encoded part by part, so that the cache needs not hold all.
     """
     about = "about %s needed" if all_known else "at least %s needed, and what could not be looked up"
     text = f"Room on the volume of %s: {about}, %s free."
@@ -443,7 +448,11 @@ def _full_volumes(space: NeededSpace, *, all_known: bool) -> list[KilnError]:
         free = shutil.disk_usage(place).free
         needed = sum(parts.values())
         logger.info(text, place, human_size(needed), human_size(free))
-        if needed > free:
+        encoded = parts.get(ENCODED, 0)
+        if rolls and encoded and needed > free >= needed - encoded + min(encoded, LEAST_BYTES):
+            said = "Not all encoded images (%s) fit there beside the rest: the job encodes them part by part."
+            logger.info(said, human_size(encoded))
+        elif needed > free:
             made_of = ", ".join(f"{what}: {human_size(size)}" for what, size in parts.items())
             errors.append(
                 StorageError(

@@ -251,7 +251,7 @@ PRODUCT = ("trainer", "entrypoint")
 # Public classes that are no terms: one module uses them, as a record of what its functions pass on, and explains them.
 NO_TERMS = {
     **dict.fromkeys(
-        ("Keys", "Version", "Place", "HubPlace", "Target"), "parts of an address or a request to a service"
+        ("Keys", "Version", "Place", "HubPlace", "Requests", "Target"), "parts of an address or a request to a service"
     ),
     **dict.fromkeys(("AdaptedModels", "Backward", "Session"), "parts of a run, passed between two modules"),
     **dict.fromkeys(("PreparedData", "Folder", "AdapterShape"), "the result of one function"),

@@ -75,6 +75,7 @@ WITHOUT_TORCH = (
         "trainer.data.identity",
         "trainer.data.records",
         "trainer.data.scan",
+        "trainer.data.shards.stream",
     ),
 )
 NEEDS_TORCH = "trainer.storage.safetensors_writer"

@@ -254,6 +254,7 @@ OPENS = {
     "trainer/families/miniatures/score.py": "its own images",
     "trainer/families/miniatures/tokens.py": "its own files",
     "trainer/families/miniatures/workshop.py": "its own files",
+    "trainer/data/shards/members.py": "a tar that was opened without waiting",
     "trainer/job/build.py": "files of a model, after `check_folder`",
     "trainer/captioning/fitting.py": "/proc",
     "trainer/job/handover.py": "in the temporary folder of the entrypoint",

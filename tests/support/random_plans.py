@@ -25,11 +25,13 @@ from entrypoint.planning.plan import make_plan
 from entrypoint.settings.read import read_settings
 from entrypoint.system.hardware import Hardware
 from tests.support.miniatures import base
+from trainer.data.cache import ALONE
 from trainer.data.encode import open_cache
 from trainer.data.records import Scan
 from trainer.data.scan import scan
 from trainer.engine.memory.checkpointing import POLICIES
-from trainer.job.prepare import PreparedData, fill_cache, make_sampler
+from trainer.job.prepare import PreparedData
+from trainer.job.rolling.rolling_cache import fill, make_sampler
 from trainer.spec.family import base_models, family_names, get_family
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.spec.plan import Plan, Prompt
@@ -223,5 +225,5 @@ class Ground:
             Path(plan.output.cache), Path(plan.model.path), family=plan.model.family, precision=plan.engine.dtype
         )
         made = PreparedData(plan, self.found, make_sampler(plan, self.found), cache, None)
-        fill_cache(made, check_in=lambda: None)
+        fill(made.plan, made.sampler, made.cache, check_in=lambda: None, share=ALONE)
         return made

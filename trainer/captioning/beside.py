@@ -35,6 +35,9 @@ def write_beside(before: Scan, after: Scan, data: DataPlan) -> list[str]:
         subset = data.datasets[new.dataset].subsets[new.subset]
         if not new.captioned_by or new.caption == old.caption or subset.source.kind != "folder":
             continue
+        if new.span is not None:
+            kept.append(f"{new.name} (it is in a shard)")
+            continue
         target = _target(old, extension=subset.caption_extension, is_shared=stems[folded(_without_suffix(old))] > 1)
         if folded(str(target)) in taken:  # two images shared a file: the others get their own
             target = old.file.with_name(old.file.name + subset.caption_extension)
@@ -77,6 +80,7 @@ def closed_folders(images: Sequence[ImageRecord], data: DataPlan) -> list[str]:
     """The folders of these images to which this process may not write."""
     folders: dict[Path, None] = {}
     for image in images:
-        if data.datasets[image.dataset].subsets[image.subset].source.kind == "folder":
+        is_folder = data.datasets[image.dataset].subsets[image.subset].source.kind == "folder"
+        if is_folder and image.span is None:
             folders[image.file.parent] = None
     return [str(folder) for folder in folders if not os.access(folder, os.W_OK)]

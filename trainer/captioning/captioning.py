@@ -30,7 +30,6 @@ from trainer.spec.plan import CaptionerPlan, DataPlan, EnginePlan
 from trainer.spec.rules import captioners
 from trainer.spec.rules.captioners import BATCH, INSTRUCTED, TAGGER
 from trainer.spec.rules.quote import duration
-from trainer.storage.read import read_regular
 
 log = logging.getLogger(__name__)
 LARGEST_PIXELS = 1 << 21  # of an image that a model gets: none looks at more
@@ -200,7 +199,7 @@ class _Looking:
 
 def _open(image: ImageRecord) -> Image.Image:
     """The upright image in RGB over white, made smaller where it is large. Raises UnusableImageError, DataError."""
-    content = read_regular(image.file, limit=LARGEST_FILE)
+    content = image.read(limit=LARGEST_FILE)
     if hashlib.sha256(content).hexdigest() != image.sha256:  # its caption would be kept as that of another image
         raise DataError(f"{image.file} has changed since it was read. Start the job again when nothing changes it.")
     picture, _ = open_upright(content)

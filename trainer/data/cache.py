@@ -87,6 +87,14 @@ class Cache:
         for packs in self._packs.values():
             packs.refresh()
 
+    def reopen(self) -> None:
+        """Forget the packs that were known: others are there now, or none."""
+        self.__dict__.pop("_packs", None)
+
+    def knows(self, path: Path) -> bool:
+        """As `has`, without reading the item."""
+        return self._packed(path) is not None or is_regular(path)
+
     def _found(self, path: Path) -> PackedItem | None:
         """`_packed`, also if another process has written it meanwhile."""
         packed = self._packed(path)
@@ -268,7 +276,7 @@ def _render(variant: Variant) -> Pixels | str:
     """The pixels and the mask of a view, or why there are none."""
     image, view = variant
     try:
-        return render(image.file, view, sha256=image.sha256), render_mask(image, view)
+        return render(image, view), render_mask(image, view)
     except UnusableImageError as problem:
         return str(problem)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from trainer.engine.encoders import load_text_encoders
 from trainer.spec.errors import DataError
 from trainer.spec.family import CLIP_TOKENS, Family
 from trainer.spec.memory_model import ENCODE_BATCH_MEGAPIXELS
-from trainer.spec.plan import EnginePlan
+from trainer.spec.plan import EnginePlan, Prompt
 from trainer.storage import digests
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,14 @@ def open_cache(folder: Path, model: Path, *, family: str, precision: str, max_to
         if part.name.startswith(("text_encoder", "tokenizer")):
             encoders.append((part.name, digests.weights_digest(part)))
     return Cache(folder, vae=digests.weights_digest(model / "vae"), encoders=digests.digest(encoders))
+
+
+def prompt_texts(prompts: Sequence[Prompt]) -> list[str]:
+    """All texts that the samples need."""
+    texts = []
+    for prompt in prompts:
+        texts += [prompt.text, prompt.negative]
+    return texts
 
 
 def fill_texts(
@@ -117,8 +125,9 @@ def fill_images(
     engine: EnginePlan,
     check_in: Callable[[], None],
     share: Share = caching.ALONE,
+    window: int | None = None,
 ) -> None:
-    """Encode the image variants that the cache lacks. `check_in` is called between batches and may raise.
+    """Encode the image variants (of a window) that the cache lacks. `check_in` is called between batches and may raise.
 
     `share`: this process's part. Raises DataError for an image that decoded in the scan and does not any more.
     """
@@ -126,8 +135,8 @@ def fill_images(
     started = time.monotonic()
     total = encoded = 0
     unusable: list[tuple[ImageRecord, str]] = []
-    packed = sampler.count_views() >= caching.PACKED_FROM
-    for variants in _pieces(sampler.all_image_variants()):
+    packed = sampler.count_views(window) >= caching.PACKED_FROM
+    for variants in _pieces(sampler.all_image_variants(window)):
         total += len(variants)
         missing = caching.find_missing(
             variants, lambda v: cache.image_path(*v), share, threads=cpu_workers(), has=cache.has

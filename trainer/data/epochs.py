@@ -16,7 +16,8 @@ import math
 import random
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from trainer.data import captions
@@ -54,7 +55,8 @@ class EpochSampler:
     """The order of training on `images`.
 
     `caption_dropout_rate` is the run's; the higher of it and a subset's counts. `prior_loss_weight` is the weight of
-    regularisation images. Raises DataError if a validation split leaves nothing to train on.
+    regularisation images. `windows`: gives the window of each image that is trained on; None: there is one. Raises
+    DataError if a validation split leaves nothing to train on.
     """
 
     held_out: Sequence[ImageRecord]  # never trained on; the validation loss is measured on them
@@ -69,6 +71,7 @@ class EpochSampler:
         seed: int,
         caption_dropout_rate: float = 0.0,
         prior_loss_weight: float = 1.0,
+        windows: Callable[[Sequence[ImageRecord]], Sequence[int]] | None = None,
     ) -> None:
         self._data = data
         self._seed = seed
@@ -84,6 +87,9 @@ class EpochSampler:
         self._counts = array("I")  # how often each occurs in an epoch
         self._kinds: FewValues[_Kind] = FewValues()
         self.buckets = Counter()
+        self._windows = array("I")  # of each image that is used
+        self._in_window: dict[int, Counter[Bucket]] = {}  # examples an epoch in each window
+        window_of = windows(training) if windows else None
         for place, image in enumerate(training):
             if repeats[place] > 0:
                 kind = self._kind(image)
@@ -91,12 +97,27 @@ class EpochSampler:
                 self._counts.append(repeats[place])
                 self._kinds.append(kind)
                 self.buckets[kind.bucket] += repeats[place]
+                window = window_of[place] if window_of else 0
+                self._windows.append(window)
+                self._in_window.setdefault(window, Counter())[kind.bucket] += repeats[place]
+
+    @property
+    def windows(self) -> list[int]:
+        """Their numbers."""
+        return sorted(self._in_window)
 
     @property
     def batches_per_epoch(self) -> int:
-        """The same in every epoch; the last, smaller batch of each bucket counts."""
+        """The same in every epoch; the last, smaller batch of each bucket counts, in each window."""
+        return sum(map(self._batches_of, self._in_window))
+
+    def steps_per_epoch(self, batches_per_step: int) -> int:
+        """The last step of each window may have fewer batches."""
+        return sum(math.ceil(self._batches_of(window) / batches_per_step) for window in self._in_window)
+
+    def _batches_of(self, window: int) -> int:
         total = 0
-        for (dataset, _), examples in self.buckets.items():
+        for (dataset, _), examples in self._in_window[window].items():
             total += math.ceil(examples / self._data.datasets[dataset].batch_size)
         return total
 
@@ -117,12 +138,15 @@ class EpochSampler:
     def epoch(self, number: int) -> Epoch:
         """The batches of an epoch, counted from 0, in order. The same for the same seed and number.
 
-        Images are shuffled within their bucket, then cut into batches, then the batches of all buckets are shuffled.
+        Images are shuffled within their bucket, then cut into batches, then the batches of all buckets are shuffled;
+        so window by window, whose order is drawn as well.
         """
         rng = random.Random(f"{self._seed}/epoch/{number}")
         drawn = Drawn()
-        groups: dict[Bucket, array[int]] = {}
+        windows = self.windows
+        groups: dict[int, dict[Bucket, array[int]]] = {window: {} for window in windows}
         for place, count in enumerate(self._counts):
+            own = groups[self._windows[place]]
             kind = self._kinds[place]
             subset = self._subset_of(kind)
             for _ in range(count):
@@ -130,17 +154,26 @@ class EpochSampler:
                 caption = rng.choice(range(subset.caption_variants))
                 if captions.dropped(subset, rng=rng, epoch=number, dropout_rate=self._caption_dropout_rate):
                     caption = DROPPED
-                groups.setdefault(kind.bucket, array("I")).append(drawn.append(place, view, caption))
+                own.setdefault(kind.bucket, array("I")).append(drawn.append(place, view, caption))
         epoch = Epoch(drawn, self._pool, self._kinds.__getitem__)
-        for (dataset, _), occurrences in groups.items():
-            rng.shuffle(occurrences)
-            epoch.add_bucket(occurrences, self._data.datasets[dataset].batch_size)
-        rng.shuffle(epoch.order)
+        rng.shuffle(windows)
+        for window in windows:
+            for (dataset, _), occurrences in groups[window].items():
+                rng.shuffle(occurrences)
+                epoch.add_bucket(occurrences, self._data.datasets[dataset].batch_size)
+            epoch.end_window(window, rng)
         return epoch
 
-    def pools(self) -> Iterator[Variants]:
-        """What each image that is trained on may look like."""
-        return map(self._pool, range(len(self._places)))
+    def _used(self, window: int | None) -> Sequence[int]:
+        """The places of the images of a window, or of all."""
+        everywhere = range(len(self._places))
+        if window is None:
+            return everywhere
+        return array("I", (place for place in everywhere if self._windows[place] == window))
+
+    def pools(self, window: int | None = None) -> Iterator[Variants]:
+        """What each image that is trained on (in this window) may look like."""
+        return map(self._pool, self._used(window))
 
     def validation(self) -> list[Batch]:
         """The held-out images, each once, cropped at the centre, with one variant of the caption. Never varies."""
@@ -155,12 +188,12 @@ class EpochSampler:
             batches += _batches(examples, self._data.datasets[dataset].batch_size)
         return batches
 
-    def all_image_variants(self) -> Iterator[tuple[ImageRecord, View]]:
-        """Each image with each view that `epoch` and `validation` may use, once.
+    def all_image_variants(self, window: int | None = None) -> Iterator[tuple[ImageRecord, View]]:
+        """Each image (of this window) with each view that `epoch` and `validation` may use, once.
 
         Those of one size together, so that the VAE can encode several at once.
         """
-        for place in sorted(range(len(self._places)), key=lambda place: self._kinds[place].bucket):
+        for place in sorted(self._used(window), key=lambda place: self._kinds[place].bucket):
             variants = self._pool(place)
             for view in dict.fromkeys(variants.views):
                 yield variants.image, view
@@ -168,16 +201,21 @@ class EpochSampler:
             for example in batch:
                 yield example.image, example.view
 
-    def count_views(self) -> int:
-        """How many `all_image_variants` gives, at most."""
-        return sum(self._kinds[place].views for place in range(len(self._places))) + len(self.held_out)
+    def files(self, window: int) -> list[Path]:
+        """The files of the images of a window, each once: shards among them."""
+        return list(dict.fromkeys(self._training[self._places[place]].file for place in self._used(window)))
 
-    def all_captions(self) -> Iterator[str]:
-        """The texts that `epoch` and `validation` may use; "" among them where captions may be dropped.
+    def count_views(self, window: int | None = None) -> int:
+        """How many `all_image_variants` gives, at most."""
+        return sum(self._kinds[place].views for place in self._used(window)) + len(self.held_out)
+
+    def all_captions(self, window: int | None = None) -> Iterator[str]:
+        """The texts that `epoch` (in this window) and `validation` may use; "" among them where captions may be
+        dropped.
 
         One by one, and a text as often as it is a caption: all together may be gigabytes.
         """
-        for variants in self.pools():
+        for variants in self.pools(window):
             yield from dict.fromkeys(variants.captions)
         for batch in self.validation():
             for example in batch:
@@ -217,6 +255,11 @@ class EpochSampler:
             lines.append(
                 f"{len(self._places)} images × repeats = {self.examples_per_epoch} examples an epoch, "
                 f"{self.batches_per_epoch} batches."
+            )
+        if len(self._in_window) > 1:
+            lines.append(
+                f"The cache holds a part of the images at a time: an epoch goes through {len(self._in_window)} windows "
+                f"of about {len(self._places) // len(self._in_window)} images."
             )
         if self.held_out:
             lines.append(f"{len(self.held_out)} images are held out for validation.")

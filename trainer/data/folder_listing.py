@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from trainer.data.folders import formats, leftovers, own_output
 from trainer.data.folders.own_output import Written
+from trainer.data.shards.stream import ShardStream
 from trainer.spec.errors import DataError
 from trainer.spec.plan import Subset
 from trainer.spec.values import printable
@@ -27,6 +28,7 @@ LINK_FOLDER = "a link to a folder: give that folder as a subset of its own"
 LINK_LOST = "a link that leads nowhere, or round in a circle"
 LINK_OUTPUT = "a link to what a Kiln job writes"
 SHOWN_FOLDERS = 5  # in a message
+SHARD = ".tar"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,13 @@ class Folder:
     masks: dict[str, Path] | None = None  # by the image's name without suffix; None: the subset has no masks
     left_out: list[LeftOutName] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)  # folder, reason
+
+    @property
+    def shards(self) -> list[str]:
+        """The tar files of a folder that holds no image beside them: a dataset in shards (`trainer.data.shards`)."""
+        if self.images or self.skipped:
+            return []
+        return [name for name in self.others if name.lower().endswith(SHARD)]
 
     def mask(self, name: str) -> Path | None:
         """The mask of the image `name`."""
@@ -95,6 +104,8 @@ def list_folder(subset: Subset, written: Written | None = None) -> Folder:
     """
     written = written or Written()
     root = Path(subset.source.path)
+    if stream := ShardStream.of(root):
+        return Folder(stream.root, others=stream.names())
     if not root.is_dir():
         raise DataError(f"image_dir {printable(subset.source.location)}: {printable(str(root))} is not a folder.")
     inside = written.holds_output(os.path.realpath(root))

@@ -11,6 +11,7 @@ from trainer.data.buckets import Size
 from trainer.spec.errors import DataError
 from trainer.spec.plan import DataPlan
 from trainer.spec.values import one_line, printable
+from trainer.storage.read import read_regular, read_span
 
 # More unusable images than this share stop the job: a few damaged files are normal in a download, many mean that the
 # download failed or that the folder is the wrong one.
@@ -44,12 +45,20 @@ class ImageRecord:
     caption_file: str = ""  # where the caption was read: "a.txt", or "metadata.csv, row 2"
     caption_encoding: str = ""  # of that file
     captioned_by: str = ""  # the model that made the caption (CAPTION_WITH)
+    # Of an image in a shard (`trainer.data.shards`), which `file` then is: the first of its bytes, and how many.
+    span: tuple[int, int] | None = None
 
     @property
     def key(self) -> str:
         """Unique in a plan, the same on every machine. A folder that is added moves no other image's key."""
         subset = self.subset if self.part_of is None else self.part_of
         return f"{self.dataset}.{subset}/{self.name}"
+
+    def read(self, *, limit: int) -> bytes:
+        """The bytes of the image. Raises OSError."""
+        if self.span is None:
+            return read_regular(self.file, limit=limit)
+        return read_span(self.file, *self.span)
 
 
 @dataclass(frozen=True, slots=True)

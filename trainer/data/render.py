@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -14,13 +15,13 @@ from trainer.data.records import ImageRecord, View
 from trainer.storage.read import read_regular
 
 
-def render(file: Path, view: View, *, sha256: str | None = None) -> np.ndarray:
+def render(image: ImageRecord, view: View) -> np.ndarray:
     """The pixels of a view: uint8 (H, W, 3).
 
-    Raises UnusableImageError; also where the file's bytes are no longer those of `sha256`.
+    Raises UnusableImageError; also where the image's bytes are no longer those that the scan has found.
     """
-    image, _ = decode.open_upright(_read(file, sha256))
-    cropped = _crop(image, view, interpolation=view.interpolation)
+    upright, _ = decode.open_upright(_read_image(image))
+    cropped = _crop(upright, view, interpolation=view.interpolation)
     if view.colour is not None:
         cropped = decode.vary_colour(cropped, view.colour)
     return np.asarray(cropped)
@@ -33,11 +34,12 @@ def render_mask(image: ImageRecord, view: View) -> np.ndarray | None:
     """
     mask: Image.Image | None = None
     if image.mask_file is not None:
-        mask = decode.open_mask(_read(image.mask_file, image.mask_sha256))
+        data = _checked(partial(read_regular, image.mask_file, limit=decode.MAX_FILE_BYTES), image.mask_sha256)
+        mask = decode.open_mask(data)
         if mask.size != (image.width, image.height):
             mask = mask.resize((image.width, image.height), Image.Resampling.BOX)
     elif image.mask_sha256:  # "alpha"
-        _, mask = decode.open_upright(_read(image.file, image.sha256))
+        _, mask = decode.open_upright(_read_image(image))
     if mask is None:
         return None
     return np.asarray(_crop(mask, view, interpolation="bilinear"))
@@ -52,10 +54,14 @@ def _crop(image: Image.Image, view: View, *, interpolation: str | None) -> Image
     return cropped
 
 
-def _read(file: Path, sha256: str | None) -> bytes:
-    """The file's bytes. The cache names latents by the hash from the scan, so other bytes must not be encoded."""
+def _read_image(image: ImageRecord) -> bytes:
+    return _checked(lambda: image.read(limit=decode.MAX_FILE_BYTES), image.sha256)
+
+
+def _checked(read: Callable[[], bytes], sha256: str | None) -> bytes:
+    """What `read` gives. The cache names latents by the hash from the scan, so other bytes must not be encoded."""
     try:
-        data = read_regular(file, limit=decode.MAX_FILE_BYTES)
+        data = read()
     except OSError as problem:
         raise UnusableImageError(f"cannot be read: {problem.strerror}") from problem
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:

@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from trainer.data import decode
 from trainer.data.buckets import fit
@@ -31,6 +32,10 @@ from trainer.data.folders.conventions import Reading, derived_subset, read_folde
 from trainer.data.folders.own_output import Written
 from trainer.data.hygiene.remarks import remarks
 from trainer.data.records import WARNING, ImageRecord, Scan, Skipped
+from trainer.data.shards import listing as shards
+from trainer.data.shards import streamed
+from trainer.data.shards.listing import ListedShards
+from trainer.data.shards.stream import ShardStream
 from trainer.process import memory_kills
 from trainer.process.pool import KilledWorkerError, in_processes
 from trainer.spec.errors import UnreachableError
@@ -42,6 +47,7 @@ from trainer.storage.read import read_regular
 # conversions and codecs need some copies of it. A hostile file then fails here, and does not get the job killed.
 WORKER_MEMORY_BYTES = 4 << 30
 MAX_CPU_WORKERS = 16
+SHARDS_AHEAD = 2  # for each process, of shards that come while others are read
 
 TOO_SMALL = "smaller than one step of bucket_reso_steps, and bucket_no_upscale forbids enlarging it"
 NO_MASK = "no mask of the same stem in conditioning_data_dir"
@@ -61,6 +67,8 @@ ADVICE = {
     "other job": "",
 }
 
+Thing = TypeVar("Thing")
+Found = TypeVar("Found")
 Progress = Callable[[int, int], None]  # called with the files done and the files in all
 
 
@@ -101,7 +109,9 @@ def scan(
         for s, subset in enumerate(dataset.subsets):
             folder = list_folder(subset, written)
             reading = Reading()
-            if subset.source.kind != "generated":
+            if folder.shards:
+                shards.check(subset, folder)
+            elif subset.source.kind != "generated":
                 reading = read_folders(folder, _named_folder(subset))
             listing = _Listing(d, s, dataset, subset, folder, reading)
             for part in reading.parts:
@@ -118,6 +128,9 @@ def scan(
     examined = Examined()
     for info in seen.examined(files, examine) if seen is not None else examine(files):
         examined.append(info)
+    for listing in listings:
+        if listing.folder.shards:
+            _read_shards(listing, files, examined, cpu_workers=cpu_workers, progress=progress)
     images = ImageTable()
     skipped: list[Skipped] = []
     notes_of_all: list[str] = []
@@ -171,31 +184,64 @@ def _enter_worker() -> None:
 
 def _examine_all(files: Sequence[Path], *, cpu_workers: int, progress: Progress | None) -> Iterator[FileInfo | str]:
     """`_examine` of each file, in order."""
-    if cpu_workers <= 0 or not files:
-        for done, file in enumerate(files, 1):
-            yield _examine(file)
+    return _in_workers(_examine, files, str, cpu_workers=cpu_workers, progress=progress)
+
+
+def _in_workers(
+    function: Callable[[Thing], Found],
+    things: Sequence[Thing],
+    name: Callable[[Thing], str],
+    *,
+    cpu_workers: int,
+    progress: Progress | None,
+) -> Iterator[Found]:
+    """`function` of each thing, in order. `name`: of a thing, for the message where a process is killed."""
+    if cpu_workers <= 0 or not things:
+        for done, thing in enumerate(things, 1):
+            yield function(thing)
             if progress:
-                progress(done, len(files))
+                progress(done, len(things))
         return
     kills_before = memory_kills.count()
     try:
-        infos = in_processes(_examine, files, count=cpu_workers, enter=_enter_worker)
-        for done, info in enumerate(infos, 1):
-            yield info
+        for done, found in enumerate(in_processes(function, things, count=cpu_workers, enter=_enter_worker), 1):
+            yield found
             if progress:
-                progress(done, len(files))
+                progress(done, len(things))
     except KilledWorkerError as problem:
-        raise UnreachableError(
-            f"A process that reads images {memory_kills.explain(kills_before)} It read {printable(str(problem.thing))}."
-        ) from problem
+        what = printable(name(problem.thing))
+        killed = memory_kills.explain(kills_before)
+        raise UnreachableError(f"A process that reads images {killed} It read {what}.") from problem
+
+
+def _read_shards(
+    listing: _Listing, files: Files, examined: Examined, *, cpu_workers: int, progress: Progress | None
+) -> None:
+    """Put what the shards of a subset hold in the place of its files; each shard is read by one process."""
+    common: dict[str, Any] = {"cpu_workers": cpu_workers, "progress": progress}
+    if stream := ShardStream.of(Path(listing.subset_plan.source.path)):
+        tables = streamed.tables(
+            stream,
+            shards.asked(listing.subset_plan),
+            lambda tasks: _in_workers(streamed.read_streamed, tasks, lambda task: task.name, **common),
+            ahead=SHARDS_AHEAD * max(1, cpu_workers),
+        )
+    else:
+        tasks = shards.tasks(listing.subset_plan, listing.folder)
+        tables = _in_workers(shards.read, tasks, lambda task: str(task.shard), **common)
+    listing.listed = shards.add_tables(listing.subset_plan, listing.folder, tables, files, examined)
+    listing.folder = listing.listed.folder
 
 
 # ---- putting it together
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Listing:
-    """A subset of the plan, its place there, its files, and the subsets that the names of its folders make."""
+    """A subset of the plan, its place there, its files, and the subsets that the names of its folders make.
+
+    `listed`: what its shards hold, where its files are shards.
+    """
 
     dataset: int
     subset: int
@@ -204,6 +250,13 @@ class _Listing:
     folder: Folder
     reading: Reading
     parts: list[tuple[int, Subset]] = field(default_factory=list)  # number in the dataset; as in `reading.parts`
+    listed: ListedShards | None = None
+
+    def file(self, place: int) -> tuple[Path, tuple[int, int] | None]:
+        """The file of the image at a place in `folder.images`, and where in that it is, if it is a shard."""
+        if self.listed is None:
+            return self.folder.root / self.folder.images[place], None
+        return self.listed.place(place)
 
 
 def _combine(listing: _Listing, files: ScannedFiles, captioner: CaptionerPlan | None, images: ImageTable) -> Scan:
@@ -213,12 +266,12 @@ def _combine(listing: _Listing, files: ScannedFiles, captioner: CaptionerPlan | 
     """
     subset = listing.subset_plan
     folder = listing.folder
-    found = find_captions(folder, subset)
+    found = listing.listed.found if listing.listed else find_captions(folder, subset)
     skipped = []
     for name, reason in folder.skipped:
         skipped.append(Skipped(name, reason, dataset=listing.dataset, subset=listing.subset))
     own: dict[int | None, array[int]] = {}  # part of the listing → places of its images
-    for name in folder.images:
+    for place, name in enumerate(folder.images):
         part = listing.reading.part_of(name)
         words = listing.parts[part][1].class_tokens if part is not None else None
         if words and name not in found.captions:
@@ -230,7 +283,7 @@ def _combine(listing: _Listing, files: ScannedFiles, captioner: CaptionerPlan | 
             skipped.append(Skipped(name, usable, dataset=listing.dataset, subset=listing.subset))
         else:
             own.setdefault(part, array("Q")).append(len(images))
-            images.append(_record(name, listing, found.captions.get(name), *usable))
+            images.append(_record(place, listing, found.captions.get(name), *usable))
     skipped.sort(key=lambda image: image.name)
     title = _title(listing, None)
     findings = found.findings
@@ -264,8 +317,10 @@ def _part_notes(
 
 
 def _record(
-    name: str, listing: _Listing, caption: Caption | None, info: FileInfo, mask_sha256: str | None
+    place: int, listing: _Listing, caption: Caption | None, info: FileInfo, mask_sha256: str | None
 ) -> ImageRecord:
+    name = listing.folder.images[place]
+    file, span = listing.file(place)
     part = listing.reading.part_of(name)
     subset = listing.subset
     convention = None
@@ -274,7 +329,7 @@ def _record(
         convention = f"x{plan.num_repeats}{'-reg' if plan.is_reg else ''}"
     return ImageRecord(
         name=name,
-        file=listing.folder.root / name,
+        file=file,
         sha256=info.sha256,
         width=info.width,
         height=info.height,
@@ -288,6 +343,7 @@ def _record(
         mask_sha256=mask_sha256,
         part_of=listing.subset if part is not None else None,
         convention=convention,
+        span=span,
     )
 
 

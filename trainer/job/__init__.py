@@ -4,7 +4,7 @@ Read `run` (the steps of a run, numbered), `prepare` (data), `build` (models, ad
 steps, and what they change in the plan), `rehearsal` (memory runs out here or never), `session` (the steps and what is
 due between them), `sampling`, `saving` and `verify`. `reporting` has what people see; `class_images` draws
 regularisation images; `watchdog` and `crash_loop` end a job that hangs or fails again and again; `handover` is for
-several processes, and `several_nodes` for those of several machines.
+several processes, and `several_nodes` for those of several machines. `rolling` is for caches larger than the volume.
 
 Imports every other package of the trainer. Only the commands `trainer.__main__`, `trainer.sample` and `trainer.export`
 import it.

@@ -34,6 +34,7 @@ from trainer.engine.quantization.cast_adapters import AdapterCast
 from trainer.engine.training_adapter import TrainingAdapter
 from trainer.job import saving, sizes
 from trainer.job.prepare import PreparedData
+from trainer.job.rolling.rolling_cache import RollingCache
 from trainer.job.session import Session
 from trainer.job.watchdog import Watchdog
 from trainer.lora_files import convert, key_names, peft_bridge
@@ -74,6 +75,7 @@ def make_session(
     *,
     watchdog: Watchdog,
     workers: Workers,
+    rolling: RollingCache | None = None,
 ) -> Session:
     """The session that trains `training_state` on `data`, as the run `opened`."""
     plan = data.plan
@@ -114,6 +116,7 @@ def make_session(
         steps_per_epoch=data.steps_per_epoch,
         watchdog=watchdog,
         workers=workers,
+        rolling=rolling,
     )
 
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
+from trainer.data import encode
 from trainer.engine.device import release, torch_dtype
 from trainer.engine.encoders import load_text_encoders, load_vae
 from trainer.engine.load import load_denoiser
-from trainer.job import prepare
 from trainer.job.reporting.status import Status
 from trainer.spec.family import CLIP_TOKENS, base_models, facts_of, get_family
 from trainer.spec.plan import Dataset, Plan, Prompt, Source
@@ -106,7 +106,7 @@ def _fill(wanted: Sequence[tuple[ClassImages, Path]], plan: Plan, *, model: Path
         log.info("All %d class images are in the cache.", sum(images.count for images, _ in wanted))
         return
     started = time.monotonic()
-    texts = list(dict.fromkeys(prepare.prompt_texts([prompt for _, prompt in missing])))
+    texts = list(dict.fromkeys(encode.prompt_texts([prompt for _, prompt in missing])))
     encoders = load_text_encoders(family, model, engine)
     encoded = dict(zip(texts, family.encode_text(encoders, texts, max_tokens=plan.train.max_token_length), strict=True))
     del encoders

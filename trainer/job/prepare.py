@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import logging
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,18 +15,19 @@ from trainer.captioning.requests import wanting
 from trainer.checkpoints import state_files
 from trainer.checkpoints.open_run import OpenRun, open_run
 from trainer.data import caption_length
-from trainer.data.cache import ALONE, Cache, Share
-from trainer.data.encode import fill_images, fill_texts, open_cache
+from trainer.data.cache import Cache
+from trainer.data.encode import open_cache
 from trainer.data.epochs import EpochSampler
 from trainer.data.folders.own_output import Written
 from trainer.data.records import WARNING, Scan
 from trainer.data.report import write_cuts, write_report
-from trainer.data.scan import cpu_workers, scan
+from trainer.data.scan import Progress, cpu_workers, scan
 from trainer.job.reporting.dataset_view import write_dataset_view
 from trainer.job.reporting.status import Status
+from trainer.job.rolling import rolling_cache
 from trainer.spec.errors import DataError
 from trainer.spec.family import facts_of, get_family
-from trainer.spec.plan import AUTO, DataPlan, Plan, Prompt
+from trainer.spec.plan import AUTO, DataPlan, Plan
 from trainer.spec.rules import automatic, outlook, quote, sanity
 from trainer.storage import own_files
 from trainer.storage.choose_run import choose
@@ -66,8 +65,8 @@ class PreparedData:
 
 
 def steps_per_epoch(plan: Plan, sampler: EpochSampler) -> int:
-    """Optimiser steps; the last one of an epoch may have fewer batches."""
-    return math.ceil(sampler.batches_per_epoch / (plan.train.gradient_accumulation * plan.engine.processes))
+    """Optimiser steps; the last one of an epoch, or of a window, may have fewer batches."""
+    return sampler.steps_per_epoch(plan.train.gradient_accumulation * plan.engine.processes)
 
 
 def find_run(plan: Plan, *, status: Status, check_in: Callable[[], None]) -> tuple[OpenRun, Scan]:
@@ -103,7 +102,12 @@ def find_run(plan: Plan, *, status: Status, check_in: Callable[[], None]) -> tup
         )
 
     scanned = scan_and_report(
-        plan.data, report=report_place, seed=plan.train.seed, written=written, captioned=captioned
+        plan.data,
+        report=report_place,
+        seed=plan.train.seed,
+        written=written,
+        captioned=captioned,
+        progress=lambda *_: check_in(),
     )
     return opened[0], scanned
 
@@ -114,19 +118,17 @@ def prepare_data(
     *,
     state: state_files.State | None,
 ) -> PreparedData:
-    """Everything but the encoding (`fill_cache`); the plan gets the lengths that were left to `auto`."""
+    """Everything but the encoding (`rolling_cache.fill`); the plan gets the lengths that were left to `auto`."""
     plan = dataclasses.replace(run.plan, data=scanned.data)  # with the subsets that the names of folders make
-    sampler = make_sampler(plan, scanned)
+    sampler = rolling_cache.make_sampler(plan, scanned)
+    cache = cache_of(plan)
+    plan = rolling_cache.with_windows(plan, sampler, scanned, cache, run.record)
+    if plan.output.window_bytes:
+        sampler = rolling_cache.make_sampler(plan, scanned)
+        cache = cache_of(plan)
     for line in sampler.describe():
         log.info("%s", line)
     plan = with_lengths(plan, sampler, run.record)
-    cache = open_cache(
-        Path(plan.output.cache),
-        Path(plan.model.path),
-        family=plan.model.family,
-        precision=plan.engine.dtype,
-        max_tokens=plan.train.max_token_length,
-    )
     data = PreparedData(plan, scanned, sampler, cache, state)
     for line in outlook.describe_length(plan, steps_per_epoch=data.steps_per_epoch):
         log.info("%s", line)
@@ -192,14 +194,16 @@ def scan_and_report(
     seed: int = 0,
     written: Written | None = None,
     captioned: Callable[[Scan], Scan] | None = None,
+    progress: Progress | None = None,
 ) -> Scan:
     """The usable images; logs a summary, and writes the whole list to `report` and to a .csv file beside it.
 
     `seed` is the run's, for the captions of the report. `written`: the folders that this job writes to, which are no
-    sources. `captioned`: adds the captions that a model makes, to a dataset that can be used. Raises DataError.
+    sources. `captioned`: adds the captions that a model makes, to a dataset that can be used. `progress`: see `scan`.
+    Raises DataError.
     """
     started = time.monotonic()
-    scanned = scan(data, cpu_workers=cpu_workers(), written=written)
+    scanned = scan(data, cpu_workers=cpu_workers(), progress=progress, written=written)
     taken = time.monotonic() - started
     if captioned is not None and scanned.is_usable(strict=data.strict):
         scanned = captioned(scanned)
@@ -234,40 +238,13 @@ def note_long_captions(plan: Plan, sampler: EpochSampler, *, scanned: Scan, repo
         write_cuts(scanned, scanned.data, report=report, seed=plan.train.seed, lines=lines, cuts=lost)
 
 
-def make_sampler(plan: Plan, scanned: Scan) -> EpochSampler:
-    """The order in which the images are seen: the same for every process and after every restart."""
-    return EpochSampler(
-        scanned.images,
-        plan.data,
-        seed=plan.train.seed,
-        caption_dropout_rate=plan.train.caption_dropout_rate,
-        prior_loss_weight=plan.train.prior_loss_weight,
-    )
-
-
-def fill_cache(data: PreparedData, *, check_in: Callable[[], None], share: Share = ALONE) -> None:
-    """Encode every caption, prompt and image that the run will use, and that the cache lacks; of that, `share`."""
-    plan = data.plan
-    family = get_family(plan.model.family)
-    model = Path(plan.model.path)
-    captions = itertools.chain(data.sampler.all_captions(), prompt_texts(plan.prompts))
-    fill_texts(
-        data.cache,
-        captions,
-        family=family,
-        model=model,
-        engine=plan.engine,
-        check_in=check_in,
+def cache_of(plan: Plan) -> Cache:
+    """What the run's images and captions are encoded into, with the weights of its encoders."""
+    folder = rolling_cache.folder_of(plan) if plan.output.window_bytes else Path(plan.output.cache)
+    return open_cache(
+        folder,
+        Path(plan.model.path),
+        family=plan.model.family,
+        precision=plan.engine.dtype,
         max_tokens=plan.train.max_token_length,
-        share=share,
     )
-    engine = plan.engine
-    fill_images(data.cache, data.sampler, family=family, model=model, engine=engine, check_in=check_in, share=share)
-
-
-def prompt_texts(prompts: Sequence[Prompt]) -> list[str]:
-    """All texts that the samples need."""
-    texts = []
-    for prompt in prompts:
-        texts += [prompt.text, prompt.negative]
-    return texts

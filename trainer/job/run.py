@@ -38,7 +38,6 @@ from trainer.base_model.single_file import convert_single_files
 from trainer.checkpoints import state_files
 from trainer.checkpoints.open_run import OpenRun, adopt_older_run, remove_leftovers
 from trainer.checkpoints.resume import resumable_state, total_steps
-from trainer.data.encode import open_cache
 from trainer.data.identity import fingerprint
 from trainer.data.records import Scan
 from trainer.engine.attention import flash_attention_4
@@ -54,8 +53,9 @@ from trainer.job.build import (
 from trainer.job.class_images import draw_class_images
 from trainer.job.crash_loop import CrashLog
 from trainer.job.handover import HandedOver, hand_over, receive
-from trainer.job.prepare import PreparedData, fill_cache, find_run, is_over, make_sampler, prepare_data
+from trainer.job.prepare import PreparedData, cache_of, find_run, is_over, prepare_data
 from trainer.job.reporting.status import Status
+from trainer.job.rolling.rolling_cache import RollingCache, fill, make_sampler
 from trainer.job.watchdog import OUTSIDE_STEPS_TIMEOUT_S, Watchdog
 from trainer.process import memory_kills, streams
 from trainer.spec.errors import HangError, KilnError, OutOfMemoryError, StopRequestedError, StorageError
@@ -125,9 +125,10 @@ def _run_first(plan: Plan, stop: StopFlag, workers: Workers) -> None:
                 return
             hand_over(workers, several_nodes.to_hand_over(data))
             status.phase("encoding")
-            _encode(data, workers, check_in=partial(_check_in, watchdog, stop))
+            first = data.state.step if data.state else 0
+            rolling = _encode(data, workers, first=first, check_in=partial(_check_in, watchdog, stop))
             several_nodes.give_state(workers, data.state)
-            _train(opened, data, stop, status=status, watchdog=watchdog, workers=workers)
+            _train(opened, data, stop, status=status, watchdog=watchdog, workers=workers, rolling=rolling)
 
 
 def cut_short(status: Mapping[str, Any]) -> str:
@@ -162,10 +163,14 @@ def _run_other(plan: Plan, stop: StopFlag, workers: Workers) -> None:
             workers.meet(handed.plan.engine.device, watchdog.heartbeat)
             handed = several_nodes.on_this_node(plan, handed, workers, status=status, check_in=watchdog.heartbeat)
             data = _received(handed)
-            _encode(data, workers, with_first=handed.shares_cache, check_in=watchdog.heartbeat)
+            first = 0
+            if data.plan.output.window_bytes and handed.state is not None:
+                first = state_files.read(handed.state).step
+            check_in = watchdog.heartbeat
+            rolling = _encode(data, workers, first=first, with_first=handed.shares_cache, check_in=check_in)
             data = dataclasses.replace(data, state=several_nodes.take_state(workers, handed))
             opened = OpenRun(data.plan, own, own, RunRecord(own), was_done=False)
-            _train(opened, data, stop, status=status, watchdog=watchdog, workers=workers)
+            _train(opened, data, stop, status=status, watchdog=watchdog, workers=workers, rolling=rolling)
 
 
 def _prepare(plan: Plan, stop: StopFlag, *, status: Status, watchdog: Watchdog) -> tuple[OpenRun, PreparedData]:
@@ -194,31 +199,42 @@ def _received(handed: HandedOver) -> PreparedData:
     plan = handed.plan
     set_up(plan.engine)
     scanned = Scan(handed.images, (), ())
-    sampler = make_sampler(plan, scanned)
-    cache = open_cache(
-        Path(plan.output.cache),
-        Path(plan.model.path),
-        family=plan.model.family,
-        precision=plan.engine.dtype,
-        max_tokens=plan.train.max_token_length,
-    )
-    return PreparedData(plan, scanned, sampler, cache, None)
+    return PreparedData(plan, scanned, make_sampler(plan, scanned), cache_of(plan), None)
 
 
-def _encode(data: PreparedData, workers: Workers, *, with_first: bool = True, check_in: Callable[[], None]) -> None:
+def _encode(
+    data: PreparedData, workers: Workers, *, first: int, with_first: bool = True, check_in: Callable[[], None]
+) -> RollingCache | None:
     """Each process encodes its share of what the cache lacks; returns when all have.
 
-    `with_first`: whether this machine's cache is the first one's.
+    Where the cache holds one window at a time, it is that of the step after `first`, and what brings the next ones is
+    returned. `with_first`: whether this machine's cache is the first one's.
     """
-    workers.meet(data.plan.engine.device, check_in)
+    plan = data.plan
+    workers.meet(plan.engine.device, check_in)
     workers.wait_for_all(check_in)  # another machine may have to read its images first
-    fill_cache(data, check_in=check_in, share=workers.share_cache(with_first))
+    share = workers.share_cache(with_first)
+    if plan.output.window_bytes:
+        rolling = RollingCache(
+            plan, data.sampler, data.cache, workers, data.steps_per_epoch, data.total, check_in, share
+        )
+        rolling.bring(min(first, data.total - 1))
+        return rolling
+    fill(plan, data.sampler, data.cache, check_in=check_in, share=share)
     workers.wait_for_all(check_in)
     data.cache.refresh()  # with what the others have written
+    return None
 
 
 def _train(
-    opened: OpenRun, data: PreparedData, stop: StopFlag, *, status: Status, watchdog: Watchdog, workers: Workers
+    opened: OpenRun,
+    data: PreparedData,
+    stop: StopFlag,
+    *,
+    status: Status,
+    watchdog: Watchdog,
+    workers: Workers,
+    rolling: RollingCache | None,
 ) -> None:
     """Steps 7 to 10."""
     status.phase("loading the model")
@@ -230,20 +246,21 @@ def _train(
     training_state = build_training_state(plan, family, model=Path(plan.model.path), total=data.total, peers=peers)
     log.info("Loaded the model and added %s in %.1f s.", adapter_summary(training_state), time.monotonic() - started)
     _check_in(watchdog, stop)
-    session = make_session(opened, data, training_state, stop, watchdog=watchdog, workers=workers)
+    first = data.state.step if data.state else 0
+    session = make_session(opened, data, training_state, stop, watchdog=watchdog, workers=workers, rolling=rolling)
     if plan.engine.device == "cuda":
         release()
         gc.freeze()  # the model stays: Python need not look through its million objects again and again
-    session.rehearse()
-    first = 0
+    session.rehearse(first)
     if data.state is not None:
         _restore(opened.plan, data, data.state, training_state)
-        first = data.state.step
     workers.check_same(training_state.optimizer_params)
     if workers.is_first:
         opened.record.update({"done": False, "total": data.total})
     final = session.train(status, first=first)
     if final is not None:
+        if rolling is not None:
+            rolling.close()
         finished = sorted({*opened.record.finished, data.total})
         opened.record.update({"done": True, "finished": finished, "asked": asked_length(opened.plan)})
         status.update({"output": final.name})

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,9 @@ from trainer.data import batches
 from trainer.data.batches import MicroBatch
 from trainer.data.cache import Cache
 from trainer.data.epochs import EpochSampler
-from trainer.data.order.variants import Batch
+from trainer.data.order.epoch import Epoch, Span
 from trainer.engine.cuda_graphs import EagerStep
+from trainer.engine.device import release
 from trainer.engine.execution import Engine
 from trainer.job import sampling
 from trainer.job.rehearsal import Rehearsal
@@ -32,6 +33,7 @@ from trainer.job.reporting.closing import closing_lines
 from trainer.job.reporting.contact_sheet import contact_sheet
 from trainer.job.reporting.metrics import Metrics, plan_as_markdown
 from trainer.job.reporting.status import Status
+from trainer.job.rolling.rolling_cache import RollingCache
 from trainer.job.saving import Saver
 from trainer.job.watchdog import Watchdog
 from trainer.spec.errors import FileMismatchError
@@ -47,6 +49,8 @@ from trainer.training.stop_flag import StopFlag
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Aside = Callable[[], contextlib.AbstractContextManager[object]]
+LENGTH_STEP = 64  # tokens
 
 
 def due(step: int, every: int, total: int) -> bool:
@@ -74,10 +78,15 @@ class Session:
     steps_per_epoch: int
     watchdog: Watchdog
     workers: Workers
+    rolling: RollingCache | None = None  # where the cache holds one window at a time
+    held: int = 0  # the step whose window the cache holds, and the step up to which it does
+    until: int = 0
     shower: BackgroundWriter = field(default_factory=partial(BackgroundWriter, "contact sheet"), init=False)
 
     def __post_init__(self) -> None:
         self.workers.requests.is_saving = lambda: self.saver.writer.is_busy
+        if self.rolling is not None:
+            self.rolling.make_room = self._make_room
 
     def predict(self, noisy_BCHW: torch.Tensor, t_B: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         """The denoiser's prediction (B, C, H, W) for noisy latents at times `t_B`."""
@@ -92,9 +101,15 @@ class Session:
                 geometry_B6=batch.geometry_B6,
             )
 
-    def rehearse(self) -> None:
-        """A step at the largest batches, forgotten: memory runs out here, or never. Raises SettingsError if it does."""
-        self.rehearsal().run(self.sampler.epoch(0).outline(), self.cache, self.sampler.all_captions)
+    def rehearse(self, first: int = 0) -> None:
+        """A step at the largest batches, forgotten: memory runs out here, or never. Raises SettingsError if it does.
+
+        `first`: the step from which the run goes on. Where the cache holds a window, the sizes are those of this one.
+        """
+        self.held = min(first, self.total - 1)
+        epoch, span = self._held_span()
+        captions = partial(self.sampler.all_captions, self._window(span))
+        self.rehearsal().run(epoch.outline(span.batches), self.cache, captions)
 
     def rehearsal(self) -> Rehearsal:
         return Rehearsal(
@@ -127,7 +142,7 @@ class Session:
             if every.sample_every and first % every.sample_every == 0:
                 self.sample(first, status=status, metrics=metrics)
             status.phase("training")
-            for step in self.steps(first):
+            for step in self.steps(first, partial(self._aside, status, metrics)):
                 is_last = step.number == self.total
                 if self.training_state.ema and not step.skipped:
                     self.training_state.ema.update(self.training_state.optimizer_params)
@@ -144,6 +159,8 @@ class Session:
                     self.on_first(partial(self.validate, step.number, metrics=metrics))
                 asked = self.workers.asked()
                 saved = due(step.number, every.save_every, self.total) or self.workers.stopping or asked.save
+                # The next window is encoded then, and a stop in the midst of that loses no step.
+                saved = saved or (self.rolling is not None and step.number == self.until < self.total)
                 if saved:
                     self.save(step.number, step.epoch)
                 # The last samples follow the export.
@@ -207,10 +224,21 @@ class Session:
         if warning:
             log.warning("%s", warning)
 
-    def steps(self, first: int) -> Iterator[loop.Step]:
-        """The optimiser steps after `first`, as an iterator that does them."""
+    def steps(self, first: int, aside: Aside = contextlib.nullcontext) -> Iterator[loop.Step]:
+        """The optimiser steps after `first`, as an iterator that does them. `aside`: around other work between them."""
+        while first < self.total:
+            if self.rolling is not None:
+                with aside():
+                    self.rolling.bring(first)
+            self.held = first
+            self.until = self._until(first)
+            yield from self._steps(first, self.until)
+            first = self.until
+
+    def _steps(self, first: int, until: int) -> Iterator[loop.Step]:
+        """Those of one window."""
         return loop.train(
-            batches.prefetched(self.groups(first)),
+            batches.prefetched(self.groups(first, until)),
             predict=self.predict,
             objective=self.objective,
             params=self.training_state.optimizer_params,
@@ -225,23 +253,63 @@ class Session:
             workers=self.workers,
         )
 
-    def groups(self, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
-        """The epoch (from 1) and this process's micro-batches of each step after `first`."""
-        per_step = self.plan.train.gradient_accumulation * self.workers.size  # the last step of an epoch has the rest
+    def groups(self, first: int, until: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+        """The epoch (from 1) and this process's micro-batches of each step after `first`, up to `until`."""
         pinned = self.plan.engine.device == "cuda"  # for copies to the device that nothing waits for
-        lengths = batches.text_lengths(self.sampler.all_captions(), self.cache)
-        epoch_batches: Sequence[Batch] = ()
-        for done in range(first, self.total):
+        _, span = self._held_span()
+        lengths = batches.text_lengths(self.sampler.all_captions(self._window(span)), self.cache)
+        if self.rolling is not None:  # so that the longest caption of each window does not make graphs of its own
+            lengths = {name: -(-length // LENGTH_STEP) * LENGTH_STEP for name, length in lengths.items()}
+        epoch_batches: Epoch | None = None
+        for done in range(first, until):
             epoch, index = divmod(done, self.steps_per_epoch)
-            if index == 0 or done == first:
+            if epoch_batches is None or index == 0:
                 epoch_batches = self.sampler.epoch(epoch)
+                span = epoch_batches.span(index, self._batches_per_step)
             group = []
-            step_batches = epoch_batches[index * per_step : (index + 1) * per_step]
+            places = span.of_step(index)
+            step_batches = epoch_batches[places.start : places.stop]
             for batch in step_batches[self.workers.process_rank :: self.workers.size]:
                 # Captured steps are of one length of captions; launched ones need no padding.
                 micro_batch = batches.micro_batch(self.cache, batch, lengths if self.runner.capturing else None)
                 group.append(micro_batch.each(torch.Tensor.pin_memory) if pinned else micro_batch)
             yield epoch + 1, group
+
+    @property
+    def _batches_per_step(self) -> int:
+        """Micro-batches of all processes; the last step of an epoch, and of a window, has the rest."""
+        return self.plan.train.gradient_accumulation * self.workers.size
+
+    def _held_span(self) -> tuple[Epoch, Span]:
+        """The epoch of the step `held`, and the part of it that the cache holds."""
+        epoch, index = divmod(self.held, self.steps_per_epoch)
+        batches_of_epoch = self.sampler.epoch(epoch)
+        return batches_of_epoch, batches_of_epoch.span(index, self._batches_per_step)
+
+    def _window(self, span: Span) -> int | None:
+        return span.window if self.rolling is not None else None
+
+    def _until(self, first: int) -> int:
+        """The step up to which the cache holds everything, where it holds that of the step after `first`."""
+        if self.rolling is None:
+            return self.total
+        epoch, index = divmod(first, self.steps_per_epoch)
+        span = self.sampler.epoch(epoch).span(index, self._batches_per_step)
+        return min(self.total, epoch * self.steps_per_epoch + span.steps.stop)
+
+    @contextlib.contextmanager
+    def _aside(self, status: Status, metrics: Metrics) -> Iterator[None]:
+        """Around the encoding of a window."""
+        status.phase("encoding")
+        with metrics.aside():
+            yield
+        self.watchdog.heartbeat()
+        status.phase("training")
+
+    def _make_room(self) -> None:
+        """Give the device's memory to the encoders, all but that of the weights and of the optimiser."""
+        self.runner.release()
+        release()
 
     def on_first(self, task: Callable[[], None]) -> None:
         """The first process does `task`; the others wait for it."""
@@ -356,7 +424,8 @@ class Session:
     def _fixed_output(self) -> torch.Tensor:
         """The denoiser's output for one image of the dataset, the same each time."""
         device = self.plan.engine.device
-        first_image = self.sampler.epoch(0)[0][:1]
+        epoch, span = self._held_span()
+        first_image = epoch[span.batches.start][:1]
         batch = batches.micro_batch(self.cache, first_image).to(device)
         generator = seeded(torch.Generator(device), self.plan.train.seed)
         noised = self.objective.add_noise(latents(batch.moments_B2CHW, generator), generator)

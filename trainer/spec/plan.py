@@ -281,6 +281,8 @@ class OutputPlan:
     requested: str = ""  # OUTPUT_NAME; empty: not set. `name` may have a number besides
     folder: str = ""  # of this run below `path`: see trainer.storage.run_records
     resume_with_changes: bool = False  # RESUME_WITH_CHANGES
+    max_cache_bytes: int | None = neutral(None)  # that encoded images may take; None: what is free at CACHE_PATH
+    window_bytes: int = neutral(0)  # of encoded images at a time (`trainer.job.rolling.rolling_cache`); 0: all of them
     sample_strengths: tuple[float, ...] = ()  # of the LoRA besides 1, at which the last samples are drawn too
 
 

@@ -77,6 +77,20 @@ def read_regular(path: Path, *, limit: int, links: bool = True) -> bytes:
     return data
 
 
+def read_span(path: Path, offset: int, length: int) -> bytes:
+    """`length` bytes of a regular file from `offset` on. Raises OSError; where there are fewer, too (errno EIO)."""
+    with open_regular(path) as file:
+        pieces = []
+        while length > 0:
+            piece = os.pread(file.fileno(), min(length, LONGEST_READ), offset)
+            if not piece:
+                raise OSError(errno.EIO, "the file is shorter than it was", str(path))
+            pieces.append(piece)
+            offset += len(piece)
+            length -= len(piece)
+    return b"".join(pieces)
+
+
 def files_below(folder: Path) -> list[Path]:
     """All regular files in a folder and in its folders, however deep; links to folders are not followed."""
     found = []

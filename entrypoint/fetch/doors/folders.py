@@ -10,7 +10,7 @@ import re
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -80,15 +80,25 @@ def missing(named: str, location: str, keys: Keys, *, cache: Path, retries: Retr
     return folder, [] if completed(folder) is not None else found
 
 
-def bring(named: str, location: str, keys: Keys, *, cache: Path, retries: RetryPolicy) -> Path:
+def bring(
+    named: str,
+    location: str,
+    keys: Keys,
+    *,
+    cache: Path,
+    retries: RetryPolicy,
+    stream: Callable[[list[Listed]], Path | None] = lambda _: None,
+) -> Path:
     """The folder with the files, downloaded unless the same ones are here.
 
-    Each file that has come stays where a job is stopped. Raises DataError, GatedError, SettingsError, UnreachableError,
-    StorageError.
+    `stream`: gives the folder for files that are not to be downloaded now; None: they are. Each file that has come
+    stays where a job is stopped. Raises DataError, GatedError, SettingsError, UnreachableError, StorageError.
     """
     place = _place(location, cache, keys.clouds)
     with locked(place / "lock") as has_lock:
         folder, found = missing(named, location, keys, cache=cache, retries=retries)
+        if found and (streamed := stream(found)):
+            return streamed
         if found:
             # Without locks, another job may be at work on files of the same names.
             staging = place / ("files" if has_lock else f"files-{uuid.uuid4().hex[:8]}")
@@ -120,7 +130,7 @@ def _fill(
     from trainer.network.client import open_client
 
     cancelled = retries.cancelled or threading.Event()
-    requests = _Requests(named, location, keys, replace(retries, cancelled=cancelled))
+    requests = Requests(named, location, keys, replace(retries, cancelled=cancelled))
     progress = http.Progress(named, sum(max(0, size) for _, size, _ in found))
 
     def one(row: Listed) -> None:
@@ -146,7 +156,7 @@ def _fill(
     return {"files": len(found)}
 
 
-class _Requests:
+class Requests:
     """How the files below a name are asked for, with the keys of their service."""
 
     def __init__(self, named: str, location: str, keys: Keys, retries: RetryPolicy) -> None:

@@ -77,6 +77,14 @@ class DataSettings:
         "STRICT_DATASET", "switch", default="false", meaning="stop at an unusable image instead of skipping it"
     )
     cache_path: Path = row("CACHE_PATH", "path", default=DEFAULT_CACHE_PATH, meaning="where encoded images are kept")
+    max_cache_gib: float | None = row(
+        "MAX_CACHE_GIB",
+        "number",
+        meaning="GiB of encoded images, and of shards from a bucket, at a time; more come and go while the job trains",
+        above=0,
+        high=1_000_000,
+        if_unset="what is free at CACHE_PATH",
+    )
     batch_size: int | None = row(
         "PARAMS_BATCH_SIZE",
         "auto_integer",

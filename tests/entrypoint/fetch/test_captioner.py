@@ -12,7 +12,7 @@ from PIL import Image
 
 from entrypoint.fetch import http
 from entrypoint.fetch.captioner import fetch_captioner
-from entrypoint.planning import captioner as planning
+from entrypoint.planning.captions import captioner as planning
 from tests.support.captioners import make_tagger
 from tests.support.hub import Hub, read_folder
 from tests.support.plans import job_plan

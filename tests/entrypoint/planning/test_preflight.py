@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from entrypoint.fetch import flash_attention, http
 from entrypoint.fetch.doors.keys import Keys
 from entrypoint.fetch.fetch import fetch_model, fetch_source
+from entrypoint.planning import preflight as module
 from entrypoint.planning.preflight import _cache_bytes_per_image, preflight
 from tests.support.bucket_server import Buckets
 from trainer.base_model.model_folder import check_folder, problems
@@ -227,6 +228,22 @@ def test_the_cache_needs_space_for_every_image_and_caption_variant(plan: Plan) -
     assert needed("krea2") == 2 + 160 * 12 * 2560 * 2 / 2**20
     assert needed(random_crop=True) == pytest.approx(8 * 2 + 4, rel=1e-3)
     assert needed(shuffle_caption=True, flip_aug=True) == pytest.approx(2 * 2 + 8 * 4, rel=1e-3)
+
+
+def test_encoded_images_that_do_not_fit_are_encoded_part_by_part_on_one_machine(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "bytes_per_image", lambda *_, **__: 10**13)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 10**12))
+    with caplog.at_level("INFO"):
+        check(plan, tmp_path)
+    assert "the job encodes them part by part" in caplog.text
+    several = dataclasses.replace(plan, engine=dataclasses.replace(plan.engine, nodes=2))
+    with pytest.raises(StorageError, match="encoded images"):
+        check(several, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 10**8))  # not even room for a part
+    with pytest.raises(StorageError, match="encoded images"):
+        check(plan, tmp_path)
 
 
 # --- pictures

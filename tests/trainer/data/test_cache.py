@@ -37,6 +37,7 @@ WITHOUT_EFFECT = {
     "caption_file": "where the caption was read",
     "captioned_by": "the caption has an item of its own",
     "caption_encoding": "how the caption was read; the caption has an item of its own",
+    "span": "where the bytes are",
 }
 
 

@@ -387,11 +387,11 @@ def test_rendering_is_the_view_and_nothing_else(make_folder):
     keys = {"flip_aug": True, "random_crop": True, "color_aug": True}
     found = scan_folder(folder, **keys)
     for image, view in EpochSampler(found.images, plan(subset(folder, **keys)), seed=0).all_image_variants():
-        pixels = render(image.file, view, sha256=image.sha256)
+        pixels = render(image, view)
         assert pixels.dtype == np.uint8 and pixels.shape == (64, 64, 3)
-        assert (render(image.file, view) == pixels).all()
-        turned = render(image.file, replace(view, flip=not view.flip, colour=None))
-        assert (render(image.file, replace(view, colour=None)) == turned[:, ::-1]).all()
+        assert (render(image, view) == pixels).all()
+        turned = render(image, replace(view, flip=not view.flip, colour=None))
+        assert (render(image, replace(view, colour=None)) == turned[:, ::-1]).all()
 
 
 def test_an_image_changed_since_the_scan_is_noticed(make_folder):
@@ -400,10 +400,10 @@ def test_an_image_changed_since_the_scan_is_noticed(make_folder):
     image, view = next(EpochSampler(found.images, plan(subset(folder)), seed=0).all_image_variants())
     shutil.copy(folder / "01.png", folder / "00.png")
     with pytest.raises(UnusableImageError, match="changed while the job ran"):
-        render(image.file, view, sha256=image.sha256)
+        render(image, view)
     image.file.unlink()
     with pytest.raises(UnusableImageError, match="cannot be read"):
-        render(image.file, view)
+        render(image, view)
 
 
 # ---- processes
@@ -468,7 +468,7 @@ def test_real_photographs(photographs):
     made = EpochSampler(found.images, data, seed=0)
     assert len(made.buckets) >= 4  # `can` comes in five aspect ratios
     for image, view in made.all_image_variants():
-        pixels = render(image.file, view, sha256=image.sha256)
+        pixels = render(image, view)
         assert pixels.shape == (view.size[1], view.size[0], 3)
         assert 5 < pixels.std() < 120
 

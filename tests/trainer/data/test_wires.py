@@ -20,7 +20,7 @@ from tests.support.recordings import planned
 from trainer.data.order.variants import Example
 from trainer.data.render import render, render_mask
 from trainer.data.scan import scan
-from trainer.job.prepare import make_sampler
+from trainer.job.rolling.rolling_cache import make_sampler
 
 TAGS = {"a": "one, two, three", "b": "one, two, four", "c": "one, two, five"}
 
@@ -117,7 +117,7 @@ def nearest(of: Shown) -> bool:
     """Whether the pixels of the small image are those of Pillow's own nearest neighbours."""
     example = next(example for example in of.examples if example.image.name == "c.png")
     enlarged = Image.open(example.image.file).resize((64, 64), Image.Resampling.NEAREST)
-    return np.array_equal(render(example.image.file, example.view), np.asarray(enlarged))
+    return np.array_equal(render(example.image, example.view), np.asarray(enlarged))
 
 
 SMALL = {"enable_bucket": True, "resolution": 64, "bucket_reso_steps": 16}

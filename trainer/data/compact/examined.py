@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from trainer.data.compact.columns import Digests, FewValues
 from trainer.data.hygiene.faces import Face
@@ -26,6 +26,21 @@ class FileInfo:
     height: int
     has_alpha: bool
     looks: Looks | None
+
+    def to_row(self) -> list[Any]:
+        """As JSON: what `from_row` reads."""
+        looks = None if self.looks is None else list(self.looks)
+        return [self.sha256, self.width, self.height, self.has_alpha, looks]
+
+    @staticmethod
+    def from_row(row: list[Any]) -> FileInfo:
+        """Raises ValueError, TypeError for another row."""
+        sha256, width, height, has_alpha, looks = row
+        seen = None
+        if looks is not None:
+            number, sharpness, has_bars, faces = looks
+            seen = Looks(number, sharpness, has_bars, tuple(tuple(face) for face in faces))
+        return FileInfo(sha256, width, height, has_alpha, seen)
 
 
 class Examined:

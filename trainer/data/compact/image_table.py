@@ -29,6 +29,7 @@ class ImageTable(Sequence[ImageRecord]):
         self._common: FewValues[tuple[int, int, bool, int | None, str | None, str, str]] = FewValues()
         self._captions = Texts()
         self._caption_files = Texts()
+        self._spans = array("Q")  # first byte and number of bytes in turn; no bytes: the file is the image
         self._masks: dict[int, tuple[str | None, str | None]] = {}  # by place: file and hash, where there is one
         self.extend(images)
 
@@ -45,6 +46,7 @@ class ImageTable(Sequence[ImageRecord]):
             self._folders.append((file.removesuffix(below), True))
         else:
             self._folders.append((file, False))
+        self._spans.extend(image.span or (0, 0))
         self._names.append(image.name)
         self._sha256.append(image.sha256)
         self._widths.append(image.width)
@@ -75,6 +77,7 @@ class ImageTable(Sequence[ImageRecord]):
         folder, has_name_below = self._folders[place]
         name = self._names[place] or ""
         dataset, subset, has_alpha, part_of, convention, encoding, captioned_by = self._common[place]
+        begin, length = self._spans[2 * place : 2 * place + 2]
         mask_file, mask_sha256 = self._masks.get(place, (None, None))
         return ImageRecord(
             name=name,
@@ -93,6 +96,7 @@ class ImageTable(Sequence[ImageRecord]):
             caption_file=self._caption_files[place] or "",
             caption_encoding=encoding,
             captioned_by=captioned_by,
+            span=(begin, length) if length else None,
         )
 
     def __iter__(self) -> Iterator[ImageRecord]:

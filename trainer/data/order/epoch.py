@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import random
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import overload
 
 from trainer.data.order.variants import Batch, Example, Variants
@@ -39,6 +42,21 @@ class Drawn:
         return Example(variants.image, variants.views[self._views[number]], text, variants.weight)
 
 
+@dataclass(frozen=True)
+class Span:
+    """The part of an epoch that is one window: its steps and its batches, counted from the epoch's beginning."""
+
+    window: int
+    steps: range
+    batches: range
+    batches_per_step: int
+
+    def of_step(self, step: int) -> range:
+        """The places of a step's batches in the epoch."""
+        begin = (step - self.steps.start) * self.batches_per_step
+        return self.batches[begin : begin + self.batches_per_step]
+
+
 class Epoch(Sequence[Batch]):
     """The batches of an epoch, in order.
 
@@ -53,6 +71,7 @@ class Epoch(Sequence[Batch]):
         self._occurrences = array("I")  # of all batches, one after the other
         self._begins = array("I", [0])  # of each batch that was added in `_occurrences`, and the end of the last
         self.order = array("I")  # numbers of batches: that in which they are trained
+        self._windows: list[tuple[int, int]] = []  # number of each window, and the place in `order` where it ends
 
     def add_bucket(self, occurrences: array[int], batch_size: int) -> None:
         """Cut the occurrences of one bucket into batches."""
@@ -62,15 +81,34 @@ class Epoch(Sequence[Batch]):
             self.order.append(len(self._begins) - 1)
             self._begins.append(first + min(begin + batch_size, len(occurrences)))
 
-    def outline(self) -> list[Batch]:
-        """In order, the first and the last batch of each kind and number of images.
+    def end_window(self, number: int, rng: random.Random) -> None:
+        """The batches that were added since the last call are those of a window; their order is drawn."""
+        begin = self._windows[-1][1] if self._windows else 0
+        own = self.order[begin:]
+        rng.shuffle(own)
+        self.order[begin:] = own
+        self._windows.append((number, len(self.order)))
 
-        For whoever looks for sizes: the whole epoch has no others.
+    def span(self, step: int, batches_per_step: int) -> Span:
+        """The part of the epoch that has `step`, counted from 0. The last step of a window may have fewer batches."""
+        first_step = first_batch = 0
+        for number, end in self._windows:
+            steps = math.ceil((end - first_batch) / batches_per_step)
+            if step < first_step + steps:
+                return Span(number, range(first_step, first_step + steps), range(first_batch, end), batches_per_step)
+            first_step += steps
+            first_batch = end
+        raise IndexError(step)
+
+    def outline(self, places: Sequence[int] | None = None) -> list[Batch]:
+        """In order, the first and the last batch of each kind and number of images, of all or of those at `places`.
+
+        For whoever looks for sizes: the whole epoch, or these places, have no others.
         """
         first: dict[object, int] = {}
         last: dict[object, int] = {}
-        for place, number in enumerate(self.order):
-            occurrences = self._of(number)
+        for place in range(len(self)) if places is None else places:
+            occurrences = self._of(self.order[place])
             kinds = frozenset(self._kind(self._drawn.image(occurrence)) for occurrence in occurrences)
             size = (len(occurrences), kinds)
             first.setdefault(size, place)

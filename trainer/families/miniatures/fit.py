@@ -78,11 +78,7 @@ def fit(
             running_loss.lerp_(loss.float(), 0.02)
 
     start = time.monotonic()
-    if replayed:
-        pool = torch.cuda.graph_pool_handle()  # no graph reads what another has left, so all share one memory
-        runs = [_captured(step, loss, pool) for loss in losses]
-    else:
-        runs = [_eager(step, loss) for loss in losses]
+    runs = _prepared(step, losses, replayed=replayed)
     report(f"ready after {time.monotonic() - start:.0f} s")
     steps = _run(
         runs,
@@ -147,6 +143,16 @@ def _run(
             if not math.isfinite(value):
                 raise FloatingPointError(f"loss {value} at step {steps}")
     return steps
+
+
+def _prepared(
+    step: Callable[[LossFunction], None], losses: Sequence[LossFunction], *, replayed: bool
+) -> list[Callable[[], None]]:
+    """`step` of each loss, as a CUDA graph where it is to be `replayed`."""
+    if not replayed:
+        return [_eager(step, loss) for loss in losses]
+    pool = torch.cuda.graph_pool_handle()  # no graph reads what another has left, so all share one memory
+    return [_captured(step, loss, pool) for loss in losses]
 
 
 def _eager(step: Callable[[LossFunction], None], loss: LossFunction) -> Callable[[], None]:

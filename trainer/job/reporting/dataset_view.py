@@ -70,7 +70,9 @@ def _place(image: ImageRecord) -> list[int]:
 
 
 def _file(image: ImageRecord, data: DataPlan) -> str:
-    """Where the image is below the folder of its source; "" where it is elsewhere."""
+    """Where the image is below the folder of its source; "" where it is elsewhere, or in a shard."""
+    if image.span is not None:
+        return ""
     dataset, subset = _place(image)
     folder = Path(data.datasets[dataset].subsets[subset].source.path).absolute()
     file = image.file.absolute()

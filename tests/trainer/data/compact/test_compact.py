@@ -37,6 +37,7 @@ OTHERS = {
     "caption_file": "metadata.csv, row 2",
     "caption_encoding": "cp1252",
     "captioned_by": "a model",
+    "span": (512, 7),
 }
 
 
