@@ -112,7 +112,7 @@ def _identity(location: str, clouds: Mapping[str, str]) -> str:
     if hub_buckets.is_one(location):
         return f"{location} {addresses.hub_endpoint(os.environ)}"
     if drive_folders.is_one(location):
-        return location
+        return location.partition("?")[0]  # without its resource key, which may be new for the same folder
     return f"{location} {buckets.endpoint(buckets.parse(location, location).service, clouds)}".rstrip()
 
 

@@ -235,6 +235,47 @@ def test_a_list_that_fails_is_asked_for_again_and_no_other(drive, tmp_path):
     assert [INNER in path for path in lists] == [False, True, True, True]
 
 
+def test_what_is_closed_without_its_key_is_asked_for_with_it(drive, tmp_path):
+    inner = entry(f"https://drive.google.com/drive/folders/{INNER}?resourcekey=0-inner", "sub")
+    picture = entry(f"https://drive.google.com/file/d/{number_of('a.png')}/view?usp=x&resourcekey=0-file", "a.png")
+    drive.lists = {TOP: page(inner), INNER: page(picture, file("b.png"))}
+    drive.contents = {number_of("a.png"): b"1", number_of("b.png"): b"22"}
+    keys = {TOP: "0-top", INNER: "0-inner", number_of("a.png"): "0-file"}
+    for path, rule in list(drive.rules.items()):
+
+        def asking_for_keys(request, rule=rule):
+            query = parse_qs(urlsplit(request.path).query)
+            has_key = query.get("resourcekey", [None])[0] == keys.get(query["id"][0])
+            return rule(request) if has_key else (404, HTML, b"")
+
+        drive.rules[path] = asking_for_keys
+    found = folders.bring("X=drive", f"{LINK}?resourcekey=0-top", NO_KEYS, cache=tmp_path, retries=QUICK)
+    assert held(found) == {"sub/a.png": b"1", "sub/b.png": b"22"}
+    keys[TOP] = "0-new"
+    assert folders.known(f"{LINK}?resourcekey=0-new", tmp_path, {}) == found
+
+
+def test_empty_files_and_files_that_are_pages_come_as_they_are(drive, tmp_path):
+    drive.lists[TOP] = page(file("a.png"), file("a.txt"), file("about.html"))
+    contents = {"a.png": b"1", "a.txt": b"", "about.html": b"<html>Sign in</html>"}
+    kinds = {"a.png": "image/png", "a.txt": "text/plain", "about.html": "text/html; charset=utf-8"}
+
+    def answer(request):
+        name = next(name for name in contents if number_of(name) in request.path)
+        data, head = (
+            contents[name],
+            {"Content-Type": kinds[name], "Content-Disposition": f'attachment; filename="{name}"'},
+        )
+        if "Range" not in request.headers:
+            return 200, head, data
+        if not data:
+            return 416, {"Content-Range": "bytes */0"}, b""
+        return 206, {**head, "Content-Range": f"bytes 0-0/{len(data)}"}, data[:1]
+
+    drive.rules["/download"] = answer
+    assert held(bring(tmp_path)) == contents
+
+
 def test_folders_without_end_end(drive, tmp_path, monkeypatch):
     monkeypatch.setattr(drive_folders, "MOST_FOLDERS", 5)
     numbers = [f"1Deep-{number:010}" for number in range(20)]
