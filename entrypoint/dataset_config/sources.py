@@ -26,6 +26,7 @@ HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 BUCKETS = ("s3", "gs", "gcs", "az", "azure")  # schemes of addresses in buckets
 DRIVE_HOSTS = ("drive.google.com", "docs.google.com")
 _SHARED_FOLDER = re.compile(r"/drive(?:/u/\d+)?/folders/([\w-]{10,100})/?")
+_RESOURCE_KEY = re.compile(r"(?:^|&)(resourcekey=[\w-]{1,100})(?=&|$)")
 SHARING_HOSTS = {  # services whose links open a page in a browser and give programs no file
     "photos.app.goo.gl": "Google Photos",
     "photos.google.com": "Google Photos",
@@ -188,6 +189,8 @@ def _hub_page(location: str) -> Place | None:
             return None
         path = location
     parts = [unquote(part) for part in re.split(r"[?#]", path)[0].split("/") if part]
+    if len(parts) >= 3 and parts[0] == "buckets":
+        raise ValueError(f"{show(address)} is a page about a bucket. Fix: write {_bucket_of_page(parts)}")
     if len(parts) < 3 or parts[0] != "datasets":
         if len(parts) == 2 and parts[0] == "datasets" and HUB_ID.fullmatch(parts[1]):
             return Place("hub", parts[1], note=f"{address} is the Hub dataset {parts[1]}")
@@ -216,6 +219,14 @@ def _hub_page(location: str) -> Place | None:
     return Place("hub", name, revision or None, note)
 
 
+def _bucket_of_page(parts: list[str]) -> str:
+    """What a page about a bucket of the Hub shows: a file of it, or all of it."""
+    bucket = "/".join(parts[1:3])
+    if parts[3:4] == ["resolve"] and len(parts) > 4:
+        return printable(f"hf://buckets/{bucket}/{'/'.join(parts[4:])}")
+    return printable(f"hf://buckets/{bucket}") + ", with a path behind it if not all of it is meant"
+
+
 def _archive_url(location: str) -> Place:
     """`location`, if it can be downloaded. Raises ValueError."""
     shown = show(public(location))
@@ -234,7 +245,11 @@ def _archive_url(location: str) -> Place:
     if url.username or url.password:
         raise ValueError("a URL with a password in it would end up in plan.json. Fix: download the archive yourself")
     if host in DRIVE_HOSTS and (shared := _SHARED_FOLDER.fullmatch(url.path)):
-        return Place("bucket", f"https://drive.google.com/drive/folders/{shared[1]}")  # without who shared it, and how
+        key = _RESOURCE_KEY.search(
+            url.query
+        )  # some folders are closed without it; who shared it, and how, says nothing
+        behind = f"?{key[1]}" if key else ""
+        return Place("bucket", f"https://drive.google.com/drive/folders/{shared[1]}{behind}")
     if host in SHARING_HOSTS:
         raise ValueError(
             f"{shown} is a page of {SHARING_HOSTS[host]}, from which programs cannot download. Fix: download the "

@@ -338,6 +338,9 @@ def _check_content(
     if job.version is not None and version is not None and _bare(version) != _bare(job.version):
         part.restart()
         raise TransientError("the file has changed on the server; starting again")
+    if job.version is not None and version is None and response.status_code == 206 and part.size:
+        part.restart()
+        raise TransientError("the server no longer says which version of the file it has; starting again")
     if response.status_code == 200 and part.size:  # it ignores ranges
         part.restart()
 

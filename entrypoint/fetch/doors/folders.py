@@ -10,7 +10,7 @@ import re
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from entrypoint.fetch import http
 from entrypoint.fetch.doors import buckets, drive_folders, hub_buckets, shares
 from entrypoint.fetch.doors.keys import Keys
-from entrypoint.fetch.doors.offer import refusal
+from entrypoint.fetch.doors.offer import Offer, refusal
 from entrypoint.fetch.http import RetryPolicy
 from trainer.network import addresses
 from trainer.spec.errors import DataError, GatedError, UnreachableError
@@ -37,18 +37,19 @@ PATIENCE_S = 10.0  # for a silent service, where the folder is here
 
 def listing(named: str, location: str, keys: Keys, *, retries: RetryPolicy) -> list[Listed]:
     """The files below a name; with none of them, DataError. Raises what `buckets.listed` raises."""
-    found = sorted(http.persist(partial(_listed, named, location, keys), what=named, retries=retries))
+    found = sorted(_listed(named, location, keys, retries))
     if not found:
         raise DataError(f"{named}: there is no file of this name, and none below it. Check the path.")
     return found
 
 
-def _listed(named: str, location: str, keys: Keys) -> list[Listed]:
+def _listed(named: str, location: str, keys: Keys, retries: RetryPolicy) -> Iterator[Listed]:
+    """Each door tries again by itself: a long list has many pages, and what failed is one of them."""
     if hub_buckets.is_one(location):
-        return list(hub_buckets.listed(named, hub_buckets.parse(named, location), keys.hub))
+        return hub_buckets.listed(named, hub_buckets.parse(named, location), keys.hub, retries=retries)
     if drive_folders.is_one(location):
-        return list(drive_folders.listed(named, location))
-    return list(buckets.listed(named, buckets.parse(named, location), keys.clouds))
+        return drive_folders.listed(named, location, retries=retries)
+    return buckets.listed(named, buckets.parse(named, location), keys.clouds)
 
 
 def known(location: str, cache: Path, clouds: Mapping[str, str]) -> Path | None:
@@ -111,7 +112,7 @@ def _identity(location: str, clouds: Mapping[str, str]) -> str:
     if hub_buckets.is_one(location):
         return f"{location} {addresses.hub_endpoint(os.environ)}"
     if drive_folders.is_one(location):
-        return location
+        return location.partition("?")[0]  # without its resource key, which may be new for the same folder
     return f"{location} {buckets.endpoint(buckets.parse(location, location).service, clouds)}".rstrip()
 
 
@@ -162,39 +163,59 @@ class Requests:
         self._named, self._keys, self._retries = named, keys, retries
         self._hub: hub_buckets.HubPlace | None = None
         self._place: buckets.Place | None = None
-        self._states_versions = False  # whether an answer has the version that the list has
         if drive_folders.is_one(location):
             self._key = shares.KEY
         elif hub_buckets.is_one(location):
             self._hub, self._key = hub_buckets.parse(named, location), hub_buckets.KEY
         else:
             self._place = buckets.parse(named, location)
-            self._key, self._states_versions = buckets.KEY_OF[self._place.service], True
+            self._key = buckets.KEY_OF[self._place.service]
 
     def bring(
         self, client: httpx.Client, row: Listed, *, path: Path, part: Path, progress: http.Progress | None = None
     ) -> None:
         """Download one of the files to `path`. Raises what `http.download` raises, and refusals."""
-        name, size, version = row
+        name, size, _ = row
         what = f"{self._named}: {name}"
 
         def refuse(response: httpx.Response) -> None:
             raise refusal(what, response, key=self._key)
 
-        url, headers = self._address(name, version)
-        stated = version if self._states_versions and not DATE.match(version) else None
-        job = http.Download(url, path, part, what, headers, size=size if size >= 0 else None, version=stated)
+        offer = self._offer(row)
+        if size < 0:
+            part = _part_of(offer, part)
+        job = http.Download(offer.url, path, part, what, offer.headers, size=offer.size, version=offer.version)
         http.download(client, job, retries=self._retries, refuse=refuse, progress=progress)
 
-    def _address(self, name: str, version: str) -> tuple[str, Mapping[str, str]]:
-        """The address and the headers for a file. Of one in Google Drive, its version is its number there."""
+    def _offer(self, row: Listed) -> Offer:
+        """A file as it is asked for: with the size and the version that the answer must have, where they are known.
+
+        The list of a bucket has them. Of a file in Google Drive it has neither, and what stands for its version is its
+        number there, which all its versions share: the file itself is asked.
+        """
+        name, size, version = row
         if self._hub is not None:
             headers = {"Authorization": f"Bearer {self._keys.hub}"} if self._keys.hub else {}
-            return self._hub.below(name).address, headers
+            return Offer(self._hub.below(name).address, headers, size=size)
         if self._place is None:
-            offer = shares.ask(f"{self._named}: {name}", drive_folders.link_of(version), retries=self._retries)
-            return offer.url, offer.headers
-        return buckets.signed(self._named, self._place.below(name), "GET", self._keys.clouds), {}
+            return shares.ask(f"{self._named}: {name}", drive_folders.link_of(version), retries=self._retries)
+        url = buckets.signed(self._named, self._place.below(name), "GET", self._keys.clouds)
+        return Offer(url, size=size, version=None if DATE.match(version) else version)
+
+
+def _part_of(offer: Offer, part: Path) -> Path:
+    """Where a file is received that its list does not describe: a place for each version.
+
+    Of a file of which no version is known, an earlier part may be one of another file, and is deleted.
+    """
+    own = hashlib.sha256(json.dumps([offer.version, offer.size]).encode()).hexdigest()[:16]
+    part = part.with_name(f"{part.stem}-{own}.part")
+    if offer.version is None:
+        try:
+            part.unlink(missing_ok=True)
+        except OSError as problem:
+            raise storage_error(problem, part) from problem
+    return part
 
 
 def _staged(staging: Path, name: str, version: str) -> Path:

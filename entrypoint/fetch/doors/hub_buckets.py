@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from entrypoint.fetch import http
 from entrypoint.fetch.doors.offer import refusal
+from entrypoint.fetch.http import RetryPolicy
 from trainer.network import addresses
 from trainer.network.errors import TransientError
 from trainer.spec.errors import DataError, SettingsError
@@ -66,8 +68,11 @@ def parse(named: str, text: str) -> HubPlace:
     return HubPlace(found[1], found[2] or "")
 
 
-def listed(named: str, place: HubPlace, token: str | None) -> Iterator[tuple[str, int, str]]:
-    """Names, bytes and hashes of all files below a name. Raises GatedError, SettingsError, TransientError."""
+def listed(named: str, place: HubPlace, token: str | None, *, retries: RetryPolicy) -> Iterator[tuple[str, int, str]]:
+    """Names, bytes and hashes of all files below a name. Each page is asked for until it comes.
+
+    Raises GatedError, SettingsError, UnreachableError.
+    """
     from trainer.network.client import open_client
 
     endpoint = addresses.hub_endpoint(os.environ)
@@ -76,12 +81,13 @@ def listed(named: str, place: HubPlace, token: str | None) -> Iterator[tuple[str
     url: str | None = f"{endpoint}/api/buckets/{place.bucket}/tree{below}?recursive=true"
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     names, count = Names(), 0
-    with open_client(timeout=http.USUAL.timeout) as client:
+    with open_client(timeout=retries.timeout) as client:
         for _ in range(MOST_PAGES):
             if url is None:
                 return
-            answer = client.get(url, headers=headers)
-            for entry in _entries(named, answer):
+            asked = partial(_page, named, client, url, headers, f"{endpoint}/api/buckets/{place.bucket}/")
+            entries, url = http.persist(asked, what=named, retries=retries)
+            for entry in entries:
                 name, size, version = _file(named, entry, prefix)
                 count += 1
                 if count > MOST_FILES:
@@ -91,8 +97,15 @@ def listed(named: str, place: HubPlace, token: str | None) -> Iterator[tuple[str
                 except DataError as problem:
                     raise SettingsError(f"{named}: {printable(str(problem))}. Rename it in the bucket.") from problem
                 yield name, size, version
-            url = _next(named, answer, f"{endpoint}/api/buckets/{place.bucket}/")
     raise SettingsError(f"{named}: {TOO_MANY}")
+
+
+def _page(
+    named: str, client: httpx.Client, url: str, headers: Mapping[str, str], beginning: str
+) -> tuple[list[Any], str | None]:
+    """What a page lists, and the address of the next one, by one try."""
+    answer = client.get(url, headers=headers)
+    return _entries(named, answer), _next(named, answer, beginning)
 
 
 def _entries(named: str, answer: httpx.Response) -> list[Any]:

@@ -92,9 +92,11 @@ def _page(named: str, url: str, *, retries: RetryPolicy) -> str | None:
             http.check_status(response, "the service")
             if is_login(response):
                 raise GatedError(f"{named}: the service asks for a login: the file is not shared. Set {KEY}.")
+            if web.is_empty(response):
+                return None
             if response.status_code not in (200, 206):
                 raise refusal(named, response, key=KEY)
-            if not response.headers.get("content-type", "").startswith("text/html"):
+            if not web.is_page(response):
                 return None
             data = b""
             for block in response.iter_raw():

@@ -68,9 +68,9 @@ def _asked(client: httpx.Client, named: str, url: str, headers: Mapping[str, str
     first = {**headers, "Range": "bytes=0-0", "Accept-Encoding": "identity"}
     with client.stream("GET", url, headers=first, extensions={CONTENT: Content()}) as response:
         http.check_status(response, "the server")
-        if response.status_code not in (200, 206):
+        if response.status_code not in (200, 206) and not is_empty(response):
             raise refusal(named, response, key=key)
-        if response.headers.get("content-type", "").startswith("text/html"):
+        if is_page(response):
             raise SettingsError(
                 f"{named}: the address gives a web page, and not a file: it needs a login, or is a page about the "
                 f"file. Use the address of the file itself, or set {key}."
@@ -82,6 +82,17 @@ def _asked(client: httpx.Client, named: str, url: str, headers: Mapping[str, str
         digest = next((text for text in stated if SHA256.fullmatch(text)), None)
         name = _name(url, response.headers.get("content-disposition", ""))
     return Offer(url, headers, name, size if size is not None and size >= 0 else None, digest, digest or version)
+
+
+def is_empty(response: httpx.Response) -> bool:
+    """Whether a server says that it cannot give the first byte of a file because there is none."""
+    return response.status_code == 416 and response.headers.get("content-range", "").replace(" ", "") == "bytes*/0"
+
+
+def is_page(response: httpx.Response) -> bool:
+    """Whether an answer is a page to look at, and no file. A file may be a page too, and says so."""
+    says_file = response.headers.get("content-disposition", "").strip().lower().startswith("attachment")
+    return not says_file and response.headers.get("content-type", "").startswith("text/html")
 
 
 def _name(url: str, disposition: str) -> str:

@@ -71,6 +71,9 @@ def test_a_page_of_an_archive_is_the_archive(written: str, url: str) -> None:
             "Allowed: http and https URLs, s3://, gs://, az:// and hf://buckets/. Fix: download it",
         ),
         ("s3://bucket/photos.rar", "an archive of a format that is not read"),
+        ("https://huggingface.co/buckets/me/photos", "Fix: write hf://buckets/me/photos, with a path"),
+        ("https://huggingface.co/buckets/me/photos/tree/main", "Fix: write hf://buckets/me/photos, with a path"),
+        ("https://huggingface.co/buckets/me/photos/resolve/x/y.zip", "Fix: write hf://buckets/me/photos/x/y.zip"),
         ("hf://buckets/me", "is not written as hf://buckets/OWNER/BUCKET/PATH"),
         ("hf://buckets/me/photos/../../you/secret", "is not written as hf://buckets/OWNER/BUCKET/PATH"),
         ("hf://buckets/me/photos?token=1", "is not written as hf://buckets/OWNER/BUCKET/PATH"),
@@ -122,6 +125,13 @@ def test_a_folder_of_google_drive_is_named_by_its_number_alone() -> None:
     for path in ("drive/folders/1AbC-dEfGhIjKl?usp=sharing", "drive/u/0/folders/1AbC-dEfGhIjKl/"):
         place = classify(f"https://drive.google.com/{path}")
         assert (place.kind, place.location) == ("bucket", "https://drive.google.com/drive/folders/1AbC-dEfGhIjKl")
+
+
+def test_a_folder_of_google_drive_keeps_the_key_without_which_it_is_closed() -> None:
+    number = "1AbC-dEfGhIjKl"
+    place = classify(f"https://drive.google.com/drive/folders/{number}?usp=sharing&resourcekey=0-aB_c&x=1")
+    assert place.location == f"https://drive.google.com/drive/folders/{number}?resourcekey=0-aB_c"
+    assert classify(place.location) == place
 
 
 def test_keys_in_addresses_are_not_repeated() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+from dataclasses import replace
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -12,7 +13,7 @@ from entrypoint.fetch import http
 from entrypoint.fetch.doors import drive_folders, folders, shares
 from entrypoint.fetch.doors.keys import NO_KEYS
 from tests.support.shelf import Shelf
-from trainer.spec.errors import DataError, GatedError, SettingsError
+from trainer.spec.errors import DataError, GatedError, SettingsError, UnreachableError
 
 QUICK = http.RetryPolicy(budget=2.0, unreached=0.2, first_wait=0.01, longest_wait=0.02, timeout=5.0)
 TOP, INNER = "1Folder-0123456789", "1Inner-0123456789"
@@ -75,8 +76,8 @@ def drive(monkeypatch):
         yield shelf
 
 
-def bring(tmp_path):
-    return folders.bring("X=drive", LINK, NO_KEYS, cache=tmp_path, retries=QUICK)
+def bring(tmp_path, retries=QUICK):
+    return folders.bring("X=drive", LINK, NO_KEYS, cache=tmp_path, retries=retries)
 
 
 def held(place):
@@ -104,10 +105,10 @@ def test_all_files_of_a_folder_and_of_those_in_it_come_once(drive, tmp_path):
 
 
 def test_what_is_no_file_is_named(drive, tmp_path, caplog):
-    drive.lists[TOP] = page(file("a.png"), entry("https://docs.google.com/document/d/1Doc-0123456789/edit", "notes"))
+    drive.lists[TOP] = page(file("a.png"), entry("https://docs.google.com/document/d/1Doc-0123456789/edit", "9/11"))
     drive.contents[number_of("a.png")] = b"1"
     bring(tmp_path)
-    assert "left out, since they are no files: notes" in caplog.text
+    assert "left out, since they are no files: 9/11" in caplog.text
 
 
 def test_a_job_that_was_stopped_asks_for_what_is_missing_alone(drive, tmp_path, monkeypatch):
@@ -119,6 +120,63 @@ def test_a_job_that_was_stopped_asks_for_what_is_missing_alone(drive, tmp_path, 
     before = len(drive.asked)
     assert held(bring(tmp_path)) == {"a.png": b"1", "b.png": b"22"}
     assert not any(number_of("a.png") in path for _, path, _ in drive.asked[before:])
+
+
+OLD, NEW = bytes(50) + b"old version" * 20_000, bytes(50) + b"new version" * 20_000  # equally long
+
+
+def serve_in_parts(drive, data, tag, *, breaks, tells=lambda request: True):
+    """One file, with ranges; `tag`: its version, None: it has none. `breaks`: no answer is whole."""
+    length = len(data)
+
+    def answer(request):
+        said = request.headers.get("Range", "bytes=0-").removeprefix("bytes=")
+        first, last = (int(number or length - 1) for number in said.split("-"))
+        head = {"Content-Type": "image/png", "Content-Range": f"bytes {first}-{last}/{length}"}
+        if tag and tells(request):
+            head["ETag"] = tag
+        body = data[first : last + 1]
+        if breaks and last > 0:
+            body = data[first : length // 2]
+            head |= {"Content-Length": str(last + 1 - first), "Connection": "close"}
+            request.close_connection = True
+        return (206 if "Range" in request.headers else 200), head, body
+
+    drive.lists[TOP] = page(file("a.png"))
+    drive.rules["/download"] = answer
+
+
+def is_of_one_byte(request):
+    return request.headers.get("Range") == "bytes=0-0"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "tells"),
+    [
+        ('"1"', '"2"', lambda request: True),
+        (None, None, lambda request: True),
+        ('"1"', None, lambda request: True),
+        ('"1"', '"1"', is_of_one_byte),  # it cannot be compared
+    ],
+)
+def test_a_file_is_never_put_together_from_two_versions(drive, tmp_path, old, new, tells):
+    serve_in_parts(drive, OLD, old, breaks=True, tells=tells)
+    with pytest.raises(UnreachableError):
+        bring(tmp_path, replace(QUICK, budget=0.3))
+    serve_in_parts(drive, NEW, new, breaks=False, tells=tells)
+    assert held(bring(tmp_path)) == {"a.png": NEW}
+
+
+def test_the_same_version_goes_on_where_it_was(drive, tmp_path):
+    serve_in_parts(drive, OLD, '"1"', breaks=True)
+    with pytest.raises(UnreachableError):
+        bring(tmp_path, replace(QUICK, budget=0.3))
+    asked = []
+    serve_in_parts(
+        drive, OLD, '"1"', breaks=False, tells=lambda request: asked.append(request.headers["Range"]) or True
+    )
+    assert held(bring(tmp_path)) == {"a.png": OLD}
+    assert asked[-1] == f"bytes={len(OLD) // 2}-"
 
 
 @pytest.mark.parametrize("title", ["../out.png", "a/b.png", "..", "nul\x01.png", "x" * 300])
@@ -145,6 +203,77 @@ def test_what_is_not_shared_says_so(drive, tmp_path):
 def test_an_empty_folder_is_no_dataset(drive, tmp_path):
     drive.lists[TOP] = page()
     refused(DataError, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "<html><title>Before you continue</title><form>Accept all</form></html>",
+        "<html><body>Sorry, something went wrong.</body></html>",
+        "<html><body><div class='grid-entries'><a href='/file/d/1'>a.png</a></div></body></html>",
+        page(file("b.png")).replace("flip-entry-title", "flip-entry-name"),
+    ],
+)
+def test_a_page_that_is_no_list_is_never_an_empty_folder(drive, tmp_path, shown):
+    drive.lists = {TOP: page(file("a.png"), folder(INNER, "sub")), INNER: shown}
+    drive.contents[number_of("a.png")] = b"1"
+    assert "list" in refused(UnreachableError, tmp_path)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_list_that_fails_is_asked_for_again_and_no_other(drive, tmp_path):
+    drive.lists = {TOP: page(file("a.png"), folder(INNER, "sub")), INNER: page(file("b.png"))}
+    drive.contents = {number_of("a.png"): b"1", number_of("b.png"): b"22"}
+    of_list, failures = drive.rules["/list"], [503, 503]
+
+    def failing(request):
+        return (failures.pop(), HTML, b"") if INNER in request.path and failures else of_list(request)
+
+    drive.rules["/list"] = failing
+    assert held(bring(tmp_path)) == {"a.png": b"1", "sub/b.png": b"22"}
+    lists = [path for _, path, _ in drive.asked if path.startswith("/list")]
+    assert [INNER in path for path in lists] == [False, True, True, True]
+
+
+def test_what_is_closed_without_its_key_is_asked_for_with_it(drive, tmp_path):
+    inner = entry(f"https://drive.google.com/drive/folders/{INNER}?resourcekey=0-inner", "sub")
+    picture = entry(f"https://drive.google.com/file/d/{number_of('a.png')}/view?usp=x&resourcekey=0-file", "a.png")
+    drive.lists = {TOP: page(inner), INNER: page(picture, file("b.png"))}
+    drive.contents = {number_of("a.png"): b"1", number_of("b.png"): b"22"}
+    keys = {TOP: "0-top", INNER: "0-inner", number_of("a.png"): "0-file"}
+    for path, rule in list(drive.rules.items()):
+
+        def asking_for_keys(request, rule=rule):
+            query = parse_qs(urlsplit(request.path).query)
+            has_key = query.get("resourcekey", [None])[0] == keys.get(query["id"][0])
+            return rule(request) if has_key else (404, HTML, b"")
+
+        drive.rules[path] = asking_for_keys
+    found = folders.bring("X=drive", f"{LINK}?resourcekey=0-top", NO_KEYS, cache=tmp_path, retries=QUICK)
+    assert held(found) == {"sub/a.png": b"1", "sub/b.png": b"22"}
+    keys[TOP] = "0-new"
+    assert folders.known(f"{LINK}?resourcekey=0-new", tmp_path, {}) == found
+
+
+def test_empty_files_and_files_that_are_pages_come_as_they_are(drive, tmp_path):
+    drive.lists[TOP] = page(file("a.png"), file("a.txt"), file("about.html"))
+    contents = {"a.png": b"1", "a.txt": b"", "about.html": b"<html>Sign in</html>"}
+    kinds = {"a.png": "image/png", "a.txt": "text/plain", "about.html": "text/html; charset=utf-8"}
+
+    def answer(request):
+        name = next(name for name in contents if number_of(name) in request.path)
+        data, head = (
+            contents[name],
+            {"Content-Type": kinds[name], "Content-Disposition": f'attachment; filename="{name}"'},
+        )
+        if "Range" not in request.headers:
+            return 200, head, data
+        if not data:
+            return 416, {"Content-Range": "bytes */0"}, b""
+        return 206, {**head, "Content-Range": f"bytes 0-0/{len(data)}"}, data[:1]
+
+    drive.rules["/download"] = answer
+    assert held(bring(tmp_path)) == contents
 
 
 def test_folders_without_end_end(drive, tmp_path, monkeypatch):

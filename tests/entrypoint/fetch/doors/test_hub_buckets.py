@@ -73,6 +73,16 @@ def test_a_list_of_several_pages(hub, tmp_path):
     assert held(bring(tmp_path)) == {"a.png": b"1", "b.png": b"22"}
 
 
+def test_a_page_that_fails_is_asked_for_again_and_no_other(hub, tmp_path):
+    hub.plain["/buckets/me/photos/resolve/a.png"] = b"1"
+    put(hub, {"b.png": b"22"})
+    first = json.dumps([entry("a.png", b"1")]).encode()
+    hub.fault(TREE, status=200, body=first, headers={"Link": f'<{TREE}?cursor=2>; rel="next"'})
+    hub.fault(TREE, status=503, times=2)
+    assert held(bring(tmp_path)) == {"a.png": b"1", "b.png": b"22"}
+    assert len(hub.asked(TREE)) == 4
+
+
 def test_a_dataset_of_a_job(hub, tmp_path):
     put(hub, {"a.png": b"picture"})
     found = fetch_source(Source("bucket", WHERE), cache=tmp_path, token="hf_cAnary", retries=QUICK)
