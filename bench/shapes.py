@@ -168,7 +168,7 @@ class Job:
         self.engine = Engine(
             self.state.denoiser,
             self.family.regions(self.state.denoiser),
-            sizes.engine_plan_for(plan, epoch),
+            sizes.engine_plan_for(plan, epoch, self.workers),
             self.state.weight_streamer,
         )
         self.runner = build.make_runner(plan.engine, self.engine, self.state)

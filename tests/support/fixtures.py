@@ -1,5 +1,6 @@
 """The fixtures of all folders, registered by tests/conftest.py. No torch at the top: tests of settings need none."""
 
+import datetime
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -105,6 +106,16 @@ def job_plan(tmp_path: Path):
     from tests.support import plans
 
     return partial(plans.job_plan, tmp_path)
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch):
+    """`pair(meet)`: what `meet(workers)` returns in the first process and in the second, a fork of this one."""
+    from tests.support import pairs
+    from trainer.training import distributed
+
+    monkeypatch.setattr(distributed, "NO_TIMEOUT", datetime.timedelta(seconds=10))
+    return partial(pairs.meet_in_two, tmp_path)
 
 
 # ---- small models

@@ -81,7 +81,7 @@ def make_session(
     plan = data.plan
     family = get_family(plan.model.family)
     regions = family.regions(training_state.denoiser)
-    engine_plan = sizes.engine_plan_for(plan, data.sampler.epoch(0).outline())
+    engine_plan = sizes.engine_plan_for(plan, data.sampler.epoch(0).outline(), workers)
     engine = Engine(training_state.denoiser, regions, engine_plan, training_state.weight_streamer)
     objective = data.objective
     snapshots = Snapshots(training_state.optimizer, plan.engine.device)
@@ -166,10 +166,13 @@ def with_reachable_shards(plan: Plan, workers: Workers) -> tuple[Plan, Peers | N
     if not is_auto:
         raise SettingsError(f"PARAMS_OFFLOAD=shards: {problem}. Fix: set PARAMS_OFFLOAD=auto or weights.")
     if not has_room:
+        fewer_bits = ""
+        if "PARAMS_PRECISION" in plan.automatic and engine.precision != "nf4":
+            fewer_bits = "set PARAMS_PRECISION=nf4, "
         raise SettingsError(
             f"NUM_GPUS={engine.num_gpus}: {problem}, and of the host's memory each process may take "
-            f"{engine.host_gib:.1f} GiB, where the weights need {needed_gib:.1f}. Fix: take larger cards, or cards "
-            "with NVLink."
+            f"{engine.host_gib:.1f} GiB, where the weights need {needed_gib:.1f}. Fix: {fewer_bits}take larger "
+            "cards, or cards with NVLink."
         )
     log.warning("PARAMS_OFFLOAD=weights instead of shards: %s.", problem)
     engine = dataclasses.replace(engine, recompute="all", kept_blocks=0, offload="weights")

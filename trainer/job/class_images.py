@@ -21,8 +21,10 @@ from trainer.engine.device import release, torch_dtype
 from trainer.engine.encoders import load_text_encoders, load_vae
 from trainer.engine.load import load_denoiser
 from trainer.job.reporting.status import Status
+from trainer.spec import memory_model
+from trainer.spec.errors import SettingsError
 from trainer.spec.family import CLIP_TOKENS, base_models, facts_of, get_family
-from trainer.spec.plan import Dataset, Plan, Prompt, Source
+from trainer.spec.plan import Dataset, EnginePlan, Plan, Prompt, Source
 from trainer.storage import atomic, digests, folders, json_files
 from trainer.storage.read import is_regular
 from trainer.training.objective import scheduler_changes
@@ -94,10 +96,31 @@ def draw_class_images(plan: Plan, *, status: Status, check_in: Callable[[], None
     return with_folders
 
 
+def engine_for_one(plan: Plan) -> EnginePlan:
+    """The plan for the first process while it is alone, without the GPUs that are to share the weights with it.
+
+    They come from the host. Raises SettingsError where they take more than it has for the weights of all processes.
+    """
+    engine = plan.engine
+    if engine.offload != "shards":
+        return engine
+    footprint = base_models()[plan.model.base][1].footprint
+    if footprint is not None and engine.host_gib is not None:
+        needed_gib = memory_model.weights_gib(footprint, 0, engine.precision)
+        have_gib = engine.host_gib * engine.num_gpus
+        if needed_gib > have_gib:
+            fewer_bits = "" if engine.precision == "nf4" else "; or set PARAMS_PRECISION=nf4"
+            raise SettingsError(
+                f"class_prompt: one GPU alone draws class images, with the weights in the host's memory. In "
+                f"{engine.precision} they need {needed_gib:.1f} GiB there, where a job may take {have_gib:.1f}. Fix: "
+                f"give the images in image_dir, with is_reg, instead; or take a machine with more memory{fewer_bits}."
+            )
+    return replace(engine, offload="weights")
+
+
 def _fill(wanted: Sequence[tuple[ClassImages, Path]], plan: Plan, *, model: Path, check_in: Callable[[], None]) -> None:
     """Draw what is missing of each. The model is loaded only if something is, and released at the end."""
     family = get_family(plan.model.family)
-    engine = plan.engine
     scheduler = scheduler_changes(plan.train)
     missing: list[tuple[Path, Prompt]] = []
     for images, folder in wanted:
@@ -105,14 +128,13 @@ def _fill(wanted: Sequence[tuple[ClassImages, Path]], plan: Plan, *, model: Path
     if not missing:
         log.info("All %d class images are in the cache.", sum(images.count for images, _ in wanted))
         return
+    engine = engine_for_one(plan)
     started = time.monotonic()
     texts = list(dict.fromkeys(encode.prompt_texts([prompt for _, prompt in missing])))
     encoders = load_text_encoders(family, model, engine)
     encoded = dict(zip(texts, family.encode_text(encoders, texts, max_tokens=plan.train.max_token_length), strict=True))
     del encoders
     release()
-    if engine.offload == "shards":  # this process is alone yet
-        engine = replace(engine, offload="weights")
     denoiser, weight_streamer = load_denoiser(family, model, engine, fused={}, targets=())
     if weight_streamer:
         weight_streamer.attach()

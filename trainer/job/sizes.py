@@ -19,6 +19,7 @@ from trainer.spec.family import base_models
 from trainer.spec.memory_model import Workload, with_room_for_graphs
 from trainer.spec.plan import EnginePlan, Plan
 from trainer.spec.strategies import described
+from trainer.training.distributed import Workers
 
 log = logging.getLogger(__name__)
 StepSize = tuple[int, int, int, bool]  # images; width and height in pixels; whether the loss is weighed by a mask
@@ -57,8 +58,11 @@ def largest_batches(epoch: Sequence[Batch]) -> list[Batch]:
     return largest
 
 
-def engine_plan_for(plan: Plan, epoch: Sequence[Batch]) -> EnginePlan:
-    """The plan of the engine, with room for CUDA graphs of all sizes; logs what they are and what they change."""
+def engine_plan_for(plan: Plan, epoch: Sequence[Batch], workers: Workers) -> EnginePlan:
+    """The plan of the engine, with room for CUDA graphs of all sizes; logs what they are and what they change.
+
+    All processes must call it, and have the same one, for the card with the least memory: they fall back together.
+    """
     sizes = one_of_each_size(epoch)
     engine = plan.engine
     footprint = base_models()[plan.model.base][1].footprint
@@ -70,7 +74,8 @@ def engine_plan_for(plan: Plan, epoch: Sequence[Batch]) -> EnginePlan:
     workloads = [_workload(plan, batch) for batch in sizes]
     largest = max(workloads, key=lambda workload: workload.kilotokens(footprint))
     graphs = len(sizes) - 1  # a plan has room for one
-    changed = with_room_for_graphs(footprint, largest, engine, graphs=graphs, have_gib=device.limit_bytes() / 2**30)
+    have_gib = workers.smallest(device.limit_bytes()) / 2**30
+    changed = with_room_for_graphs(footprint, largest, engine, graphs=graphs, have_gib=have_gib)
     now = described(changed.recompute, changed.kept_blocks, changed.offload)
     before = described(engine.recompute, engine.kept_blocks, engine.offload)
     if now != before:

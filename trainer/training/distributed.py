@@ -208,6 +208,10 @@ class Workers:
         """Whether `answer` is true in every process."""
         return not any(self._largest([int(not answer)]))
 
+    def smallest(self, value: int) -> int:
+        """The smallest `value` of any process. All must call it."""
+        return -self._largest([-value])[0]
+
     def wait_for_all(self, check_in: Callable[[], object]) -> None:
         """Return when all processes are here; `check_in` is called meanwhile, and may raise."""
         if self.size == 1:

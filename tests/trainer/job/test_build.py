@@ -68,5 +68,13 @@ def test_the_host_must_have_the_memory(job_plan, apart, share, fits):
     if fits:
         assert with_reachable_shards(plan, WORKERS)[0].engine.offload == "weights"
         return
-    with pytest.raises(SettingsError, match=r"NUM_GPUS=2: the GPUs .* each process may take .* Fix: take larger cards"):
+    fix = r"NUM_GPUS=2: the GPUs .* each process may take .* Fix: take larger cards, or cards with NVLink\.$"
+    with pytest.raises(SettingsError, match=fix):
+        with_reachable_shards(plan, WORKERS)
+    in_4_bits = fix.replace("take larger", "set PARAMS_PRECISION=nf4, take larger")
+    plan = dataclasses.replace(plan, automatic=("PARAMS_OFFLOAD", "PARAMS_PRECISION"))
+    with pytest.raises(SettingsError, match=in_4_bits):
+        with_reachable_shards(plan, WORKERS)
+    plan = dataclasses.replace(plan, engine=dataclasses.replace(plan.engine, precision="nf4", host_gib=0.0))
+    with pytest.raises(SettingsError, match=fix):
         with_reachable_shards(plan, WORKERS)

@@ -8,12 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support.machines import FULL
 from tests.support.miniatures import pipeline
 from trainer.data.epochs import EpochSampler
-from trainer.job import prepare
+from trainer.job import class_images, prepare
+from trainer.job.reporting.status import Status
 from trainer.job.run import run
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import get_family
+from trainer.spec.family import base_models, get_family
+from trainer.spec.memory_model import weights_gib
 from trainer.training.stop_flag import StopFlag
 
 ONE_STEP = {"PARAMS_MAX_STEPS": "1", "PARAMS_NETWORK_DIM": "2", "PARAMS_PRIOR_LOSS_WEIGHT": "0.5"}
@@ -81,6 +84,22 @@ def test_they_are_trained_on_as_regularisation_images(job, tmp_path):
     examples = [e for batch in EpochSampler(images, data, seed=1, prior_loss_weight=0.5).epoch(0) for e in batch]
     assert {(e.caption, e.weight) for e in examples if e.image.subset == 1} == {("a red circle alone", 0.5)}
     assert {e.weight for e in examples if e.image.subset == 0} == {1.0}
+
+
+@pytest.mark.parametrize(("share", "fits"), [(1.01, True), (0.99, False)])
+def test_the_host_holds_the_weights_that_the_gpus_will_share(job, tmp_path, monkeypatch, share, fits):
+    """One process draws, with the host's memory for all; the others' GPUs have no shards yet."""
+    plan = job("flux")
+    needed = weights_gib(base_models()[FULL][1].footprint, 0, "fp8")
+    engine = dataclasses.replace(plan.engine, offload="shards", num_gpus=4, precision="fp8")
+    engine = dataclasses.replace(engine, host_gib=needed * share / 4)
+    plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, base=FULL), engine=engine)
+    if fits:
+        assert class_images.engine_for_one(plan) == dataclasses.replace(engine, offload="weights")
+        return
+    monkeypatch.setattr(class_images, "load_text_encoders", lambda *_: pytest.fail("loaded in vain"))
+    with pytest.raises(SettingsError, match=r"class_prompt: .* need \d.* GiB .* Fix: .*PARAMS_PRECISION=nf4"):
+        class_images.draw_class_images(plan, status=Status(tmp_path), check_in=lambda: None)
 
 
 def test_what_decides_an_image_decides_its_folder(job, tmp_path):

@@ -8,10 +8,12 @@ import pytest
 from tests.support.machines import ROUND
 from trainer.data.order.variants import Example
 from trainer.data.records import ImageRecord, View
+from trainer.engine import device
 from trainer.job import sizes
 from trainer.spec import memory_model
 from trainer.spec.memory_model import Workload, with_room_for_graphs
 from trainer.spec.plan import EnginePlan
+from trainer.training.distributed import Workers
 
 
 def batch(count, width, height):
@@ -46,6 +48,22 @@ def test_a_mode_that_the_host_has_no_memory_for_is_no_room():
     assert with_room_for_graphs(MODEL, WORK, plan, graphs=10, have_gib=20) == plan
     roomy = dataclasses.replace(plan, host_gib=3.0)
     assert with_room_for_graphs(MODEL, WORK, roomy, graphs=10, have_gib=20).offload == "activations"
+
+
+def test_all_processes_have_the_plan_of_the_smallest_card(pair, job_plan, monkeypatch):
+    """They step down together, and meet in it: their fallbacks must be the same."""
+    plan = job_plan("flux")
+    engine = dataclasses.replace(FP8, num_gpus=2)
+    plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, base="flux"), engine=engine)
+    epoch = [batch(1, 1024, 1024), batch(1, 768, 1024)]
+
+    def planned(gib, workers):
+        monkeypatch.setattr(device, "limit_bytes", lambda: gib * 2**30)
+        return sizes.engine_plan_for(plan, epoch, workers)
+
+    large, small = planned(139, Workers()), planned(32, Workers())
+    assert large.recompute == "none" != small.recompute
+    assert pair(lambda workers: planned(139 if workers.is_first else 32, workers)) == (small, small)
 
 
 @pytest.mark.parametrize(

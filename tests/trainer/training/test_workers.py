@@ -1,10 +1,7 @@
 """What processes that train together tell each other. The second of two is a fork of this one, and really connected."""
 
-import contextlib
 import datetime
 import math
-import os
-import pickle
 from pathlib import Path
 
 import pytest
@@ -17,36 +14,6 @@ from trainer.training import distributed
 from trainer.training.distributed import StepTotals, Workers, process_rank, workers_from_environment
 from trainer.training.page_requests import NOTHING, NowDue, PageRequests
 from trainer.training.stop_flag import StopFlag
-
-
-@pytest.fixture
-def pair(tmp_path, monkeypatch):
-    """`pair(meet)`: what `meet(workers)` returns in the first process and in the second."""
-    monkeypatch.setattr(distributed, "NO_TIMEOUT", datetime.timedelta(seconds=10))
-
-    def meet_in_two(meet):
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            with contextlib.suppress(BaseException):
-                second = Workers(1, 2, tmp_path)
-                second.connect("cpu")
-                os.write(writer, pickle.dumps(meet(second)))
-                second.disconnect()
-            os._exit(0)
-        os.close(writer)
-        first = Workers(0, 2, tmp_path)
-        try:
-            first.connect("cpu")
-            answers = meet(first)
-        finally:
-            first.disconnect()
-            with os.fdopen(reader, "rb") as pipe:
-                theirs = pipe.read()
-            os.waitpid(child, 0)
-        return answers, pickle.loads(theirs) if theirs else None
-
-    return meet_in_two
 
 
 def differ(workers, values):
@@ -183,6 +150,7 @@ def test_a_process_alone_asks_nobody():
     assert alone.read_totals(totals, torch.tensor(0.5)) == StepTotals(3.0, 3, 0.5, (1.0, None, 4.0, None))
     assert flat.tolist() == [3.0]
     assert alone.all_agree(True) and not alone.all_agree(False) and not alone.stopping
+    assert alone.smallest(7) == 7
     flag.signal = 15
     assert alone.stopping and differ(alone, [math.nan]) is None
     alone.disconnect()
