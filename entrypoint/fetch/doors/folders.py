@@ -16,13 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entrypoint.fetch import http
+from entrypoint.fetch import archive, http
 from entrypoint.fetch.doors import buckets, drive_folders, hub_buckets, shares
 from entrypoint.fetch.doors.keys import Keys
 from entrypoint.fetch.doors.offer import Offer, refusal
 from entrypoint.fetch.http import RetryPolicy
+from entrypoint.settings.checks import nearest_existing
 from trainer.network import addresses
-from trainer.spec.errors import DataError, GatedError, UnreachableError
+from trainer.spec.errors import DataError, GatedError, StorageError, UnreachableError
+from trainer.storage.atomic import human_size
 from trainer.storage.folders import build_folder, completed, locked, read_json, storage_error, write_text
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 Listed = tuple[str, int, str]  # a file's name, bytes (below 0: the list does not say) and version
 DATE = re.compile(r"\d{4}-\d\d-\d\dT")  # the beginning of a version that is no ETag
 PARALLEL_FILES = 8
+MOST_BYTES = archive.USUAL.total  # of a folder whose list has no sizes, as of an archive
 PATIENCE_S = 10.0  # for a silent service, where the folder is here
 
 
@@ -141,8 +144,11 @@ def _fill(
         jobs = []
         for name, size, version in found:
             # Of an empty file there is nothing to ask for; some are the marks of empty folders.
-            if size != 0 and not _is_here(_staged(staging, name, version), size):
+            staged = _staged(staging, name, version)
+            if size != 0 and not _is_here(staged, size):
                 jobs.append(partial(one, (name, size, version)))
+            elif size < 0:
+                requests.take(staged.stat().st_size)
         http.in_parallel(jobs, workers=PARALLEL_FILES, cancelled=cancelled)
     try:
         for name, size, version in found:
@@ -163,6 +169,7 @@ class Requests:
         self._named, self._keys, self._retries = named, keys, retries
         self._hub: hub_buckets.HubPlace | None = None
         self._place: buckets.Place | None = None
+        self._taken, self._lock = 0, threading.Lock()  # bytes of files whose sizes the list does not have
         if drive_folders.is_one(location):
             self._key = shares.KEY
         elif hub_buckets.is_one(location):
@@ -182,10 +189,27 @@ class Requests:
             raise refusal(what, response, key=self._key)
 
         offer = self._offer(row)
+        most = None
         if size < 0:
-            part = _part_of(offer, part)
-        job = http.Download(offer.url, path, part, what, offer.headers, size=offer.size, version=offer.version)
+            part, most = _part_of(offer, part), MOST_BYTES
+            self.take(offer.size or 0)
+            _check_room(what, offer, part)
+        job = http.Download(
+            offer.url, path, part, what, offer.headers, size=offer.size, version=offer.version, most=most
+        )
         http.download(client, job, retries=self._retries, refuse=refuse, progress=progress)
+        if size < 0 and offer.size is None:
+            self.take(path.stat().st_size)
+
+    def take(self, size: int) -> None:
+        """Count a file of which only its server says how large it is. Raises DataError where they are too many."""
+        with self._lock:
+            self._taken += size
+            if self._taken > MOST_BYTES:
+                raise DataError(
+                    f"{self._named}: the files are larger than {human_size(MOST_BYTES)} together, the most that is "
+                    "accepted. Share fewer of them, or name a bucket."
+                )
 
     def _offer(self, row: Listed) -> Offer:
         """A file as it is asked for: with the size and the version that the answer must have, where they are known.
@@ -216,6 +240,19 @@ def _part_of(offer: Offer, part: Path) -> Path:
         except OSError as problem:
             raise storage_error(problem, part) from problem
     return part
+
+
+def _check_room(what: str, offer: Offer, part: Path) -> None:
+    """Before the first byte of a file comes that no plan could count. Raises StorageError."""
+    has_begun = part.stat().st_size if part.is_file() else 0
+    place = nearest_existing(part)
+    free = shutil.disk_usage(place).free
+    missing = (offer.size or 0) - has_begun
+    if missing > free:
+        raise StorageError(
+            f"{what}: {human_size(missing)} are needed on the volume of {place}, and {human_size(free)} are free. Free "
+            "some space, or choose another volume."
+        )
 
 
 def _staged(staging: Path, name: str, version: str) -> Path:

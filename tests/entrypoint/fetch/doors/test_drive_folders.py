@@ -13,7 +13,7 @@ from entrypoint.fetch import http
 from entrypoint.fetch.doors import drive_folders, folders, shares
 from entrypoint.fetch.doors.keys import NO_KEYS
 from tests.support.shelf import Shelf
-from trainer.spec.errors import DataError, GatedError, SettingsError, UnreachableError
+from trainer.spec.errors import DataError, GatedError, SettingsError, StorageError, UnreachableError
 
 QUICK = http.RetryPolicy(budget=2.0, unreached=0.2, first_wait=0.01, longest_wait=0.02, timeout=5.0)
 TOP, INNER = "1Folder-0123456789", "1Inner-0123456789"
@@ -274,6 +274,39 @@ def test_empty_files_and_files_that_are_pages_come_as_they_are(drive, tmp_path):
 
     drive.rules["/download"] = answer
     assert held(bring(tmp_path)) == contents
+
+
+def test_a_folder_that_does_not_fit_the_volume_is_refused_before_it_fills_it(drive, tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "MOST_BYTES", 2**52)
+    drive.lists[TOP] = page(file("a.png"))
+    head = {"Content-Type": "image/png", "Content-Range": f"bytes 0-0/{2**50}"}
+    drive.rules["/download"] = lambda _: (206, head, b"1")
+    assert "a.png: 1048576.0 GiB are needed on the volume" in refused(StorageError, tmp_path)
+
+
+@pytest.mark.parametrize("says_sizes", [True, False])
+def test_a_folder_has_a_largest_size(drive, tmp_path, monkeypatch, says_sizes):
+    monkeypatch.setattr(folders, "PARALLEL_FILES", 1)
+    monkeypatch.setattr(folders, "MOST_BYTES", 2500)
+    names = ("a.png", "b.png", "c.png")
+    drive.lists[TOP] = page(*(file(name) for name in names))
+    drive.contents = {number_of(name): bytes(1000) for name in names}
+    of_file = drive.rules["/download"]
+
+    def without_sizes(request):
+        status, head, data = of_file(request)
+        return status, {**head, "Content-Range": "bytes 0-0/*"} if status == 206 else head, data
+
+    if not says_sizes:
+        drive.rules["/download"] = without_sizes
+    assert "the most that is accepted" in refused(DataError, tmp_path)
+    assert "the most that is accepted" in refused(DataError, tmp_path)  # what came before counts as well
+    monkeypatch.setattr(folders, "MOST_BYTES", 3000)
+    assert len(held(bring(tmp_path))) == 3
+    monkeypatch.setattr(folders, "MOST_BYTES", 999)
+    drive.lists[TOP] = page(file("d.png"))
+    drive.contents = {number_of("d.png"): bytes(1000)}
+    assert "the most that is accepted" in refused(DataError, tmp_path)
 
 
 def test_folders_without_end_end(drive, tmp_path, monkeypatch):
