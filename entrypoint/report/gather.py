@@ -13,6 +13,7 @@ from typing import Any
 from entrypoint.report.metric_rows import VALIDATION, metric_row
 from trainer.data.decode import read_sample
 from trainer.spec.family import BaseModel, Facts, base_models, facts_of
+from trainer.spec.messages import trend
 from trainer.spec.plan import Plan
 from trainer.storage import json_files, own_files, run_records
 from trainer.storage.read import read_text
@@ -113,6 +114,16 @@ class Gathered:
         times = [row["time"] for row in self.steps if "time" in row]
         waits = [after - before for before, after in itertools.pairwise(times)]
         return sum(wait for wait in waits if 0 < wait < PAUSE_S)
+
+    def risen(self) -> str:
+        """How the loss has risen, as the log says it: of the last start; "" where it has not.
+
+        A run without a status.json of its own is judged by all of its losses.
+        """
+        said = self.status.get("risen")
+        if isinstance(said, str):
+            return said
+        return str(trend.risen([row["loss"] for row in self.steps if "loss" in row]) or "")
 
     def start_seconds(self) -> float:
         """How long the last start of the job took, from the entrypoint's first moment on, as the receipt has it."""

@@ -16,7 +16,7 @@ from entrypoint.report.elements import bullets, clock_if_known, number, pairs, q
 from entrypoint.report.gather import NO_STEP, Gathered, LoraFile, Sample
 from entrypoint.report.samples import data_address, thumbnail
 from trainer import __version__
-from trainer.spec.messages import noise_bands, trend
+from trainer.spec.messages import noise_bands
 from trainer.spec.messages.usage import prompting
 from trainer.spec.plan import AUTO, Plan
 from trainer.storage.atomic import human_size
@@ -59,24 +59,13 @@ def _first_facts(run: Gathered, *, price: float | None) -> list[tuple[str, str]]
     losses = _column(run, "loss")
     if losses:
         _, last = smoothed(losses)[-1]
-        found = _risen(run, losses)
+        found = run.risen()
         rows.append(("Loss, smoothed", f"{last:.4f}; {found}" if found else f"{last:.4f}"))
     if run.validations:
         _, newest = run.validations[-1]
         step, least = min(run.validations, key=lambda validation: validation[1])
         rows.append(("Validation loss", f"{newest:.4f}; least {least:.4f} at step {step:,}"))
     return rows
-
-
-def _risen(run: Gathered, losses: Sequence[tuple[float, float]]) -> str:
-    """How the loss has risen, as the log says it: of the last start; "" where it has not.
-
-    A run without a status.json of its own is judged by all of its losses.
-    """
-    said = run.status.get("risen")
-    if isinstance(said, str):
-        return said
-    return str(trend.risen([loss for _, loss in losses]) or "")
 
 
 def _ending(run: Gathered) -> str:

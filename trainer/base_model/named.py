@@ -173,7 +173,7 @@ def _plan_file(asked: Asked, file: Path) -> ModelPlan:
     name = next((n for n in family_names() if bare.keys() & set(get_family(n).FACTS.landmarks)), None)
     if name is None:
         part = weight_kinds.part_of(entries)
-        fix = f" It is {weight_kinds.PART_NAMES[part]}: {OPTIONS[part]} {file}." if part else ""
+        fix = f" It is {weight_kinds.part_name(part)}: {OPTIONS[part]} {file}." if part else ""
         raise SettingsError(f"{where} has no denoiser of {', '.join(family_names())}.{fix}")
     base, source = _config(asked, file, get_family(name).FACTS, bare)
     facts = facts_of(name, base)

@@ -18,9 +18,6 @@ VARIABLES = {"denoiser": "MODEL_PATH", "vae": "VAE_PATH", "clip_l": "CLIP_L_PATH
 VARIABLES |= {"t5": "T5_PATH"} | dict.fromkeys(LANGUAGE_MODELS, "TEXT_ENCODER_PATH")
 PART_NAMES = {"denoiser": "the denoiser", "vae": "a VAE", "clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
 PART_NAMES |= {"qwen3": "Qwen3", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
-# Mistral Small 3.1 and 3.2 have the same shapes, and sources disagree on whose weights FLUX.2-dev has: the code of its
-# makers loads 3.2's, and of 3.1 only the processor.
-PART_NAMES["mistral3"] = "the text encoder of FLUX.2-dev"
 CLIPS = ("clip_l", "clip_g")
 LARGE_LAYER = 2**16  # weights; a smaller tensor of integers may be a mark or a table of positions
 SCALES = (".scale_weight", ".weight_scale")  # of a layer in FP8
@@ -110,6 +107,22 @@ OTHER_MODELS = {
 }
 
 
+def part_name(part: str) -> str:
+    """What a message calls a part.
+
+    A text encoder without a name of its own is that of the first model that reads by it. So is mistral3: Mistral Small
+    3.1 and 3.2 have the same shapes, and sources disagree on whose weights FLUX.2-dev has. The code of its makers loads
+    3.2's, and of 3.1 only the processor.
+    """
+    if part in PART_NAMES:
+        return PART_NAMES[part]
+    readers = []
+    for _, model in base_models().values():
+        if not model.is_miniature and part in model.own_facts.get("parts", ()):
+            readers.append(model.source.rpartition("/")[2])
+    return f"the text encoder of {readers[0]}"
+
+
 def bare_names(entries: Entries, part: str) -> dict[str, Entry]:
     """A part's tensors without the prefix that they have in a file with several parts; all, if none has it."""
     for prefix in PREFIXES[part]:
@@ -185,7 +198,7 @@ def _without_denoiser(entries: Entries, bare: Entries, base_model: str) -> str:
     part = part_of(entries)
     if part is not None:
         return (
-            f"is {PART_NAMES[part]} alone and holds no denoiser for BASE_MODEL={base_model}. Fix: "
+            f"is {part_name(part)} alone and holds no denoiser for BASE_MODEL={base_model}. Fix: "
             f"{VARIABLES[part]}=this file, and MODEL_PATH=the denoiser's file."
         )
     return f"holds no denoiser for BASE_MODEL={base_model}. Fix: a file of {base_model}."
@@ -261,7 +274,7 @@ VAE_LAYERS = ("decoder.conv_in.weight", "decoder.conv1.weight")  # the latter: o
 SIZE_NAMES = {
     "qwen3": {1024: "Qwen3-0.6B", 2048: "Qwen3-1.7B", 2560: "Qwen3-4B", 4096: "Qwen3-8B", 5120: "Qwen3-14B"},
     "qwen3_vl": {2048: "Qwen3-VL-2B", 2560: "Qwen3-VL-4B", 4096: "Qwen3-VL-8B", 5120: "Qwen3-VL-32B"},
-    "mistral3": {3072: "Ministral 3B", 4096: "Ministral 8B", 5120: PART_NAMES["mistral3"]},
+    "mistral3": {3072: "Ministral 3B", 4096: "Ministral 8B"},
 }
 T5_LAYER = "encoder.block.0.layer.0.SelfAttention.q.weight"
 T5_TOKENS = ("shared.weight", "encoder.embed_tokens.weight")
@@ -306,7 +319,7 @@ def part_problem(
     if tool := quantised(entries):
         return f"is quantised by {tool}, which is not read. {QUANTISED_FIX}"
     if found := addition(entries):
-        return f"is {found[0]}, not {PART_NAMES[part]}"
+        return f"is {found[0]}, not {part_name(part)}"
     bare = bare_names(entries, part)
     actual = part_of(bare)
     if actual is None and any(name.startswith(("vision_model.", "visual.")) for name in entries):
@@ -314,14 +327,14 @@ def part_problem(
     if actual is None and any(name.startswith("decoder.") for name in entries) and part == "vae":
         return "is a decoder that only draws previews. Fix: a VAE with its encoder"
     if actual is None and any(name in bare for name in PLAIN_LAYERS):
-        return f"is not {PART_NAMES[part]}, but a language model that no base model reads captions by"
+        return f"is not {part_name(part)}, but a language model that no base model reads captions by"
     if actual is None:
-        return f"is not {PART_NAMES[part]}: it has none of its layers"
+        return f"is not {part_name(part)}: it has none of its layers"
     same = actual == part or (actual in CLIPS and part in CLIPS and published is None)
     if not same:
         if VARIABLES[actual] == VARIABLES[part]:
-            return f"is {PART_NAMES[actual]}, not {PART_NAMES[part]}. Fix: the file of {PART_NAMES[part]}"
-        return f"is {PART_NAMES[actual]}, not {PART_NAMES[part]}. Fix: {_naming(actual, names)}this file"
+            return f"is {part_name(actual)}, not {part_name(part)}. Fix: the file of {part_name(part)}"
+        return f"is {part_name(actual)}, not {part_name(part)}. Fix: {_naming(actual, names)}this file"
     if published is None:
         return None
     return _size_problem(part, bare, published.configs[f"{folder}/config.json"])
@@ -348,12 +361,12 @@ def _size_problem(part: str, bare: Entries, config: Mapping[str, int]) -> str | 
         gate = _first_shape(bare, LANGUAGE_GATES)
         if gate is not None and gate[0] != config["intermediate_size"]:
             wanted = config["intermediate_size"]
-            has = f"has {gate[0]} numbers in an MLP, and {PART_NAMES[part]} as this base model reads by it {wanted}"
+            has = f"has {gate[0]} numbers in an MLP, and {part_name(part)} as this base model reads by it {wanted}"
             return f"{has}. Fix: that one's file"
         return None
     tokens = _first_shape(bare, TOKENS)
     if tokens is not None and tokens[-1] != config["hidden_size"]:
-        return f"is a CLIP of width {tokens[-1]}; {PART_NAMES[part]} has {config['hidden_size']}"
+        return f"is a CLIP of width {tokens[-1]}; {part_name(part)} has {config['hidden_size']}"
     positions = _first_shape(bare, POSITIONS)
     if positions is not None and positions[0] != config["max_position_embeddings"]:
         return f"is a CLIP for {positions[0]} tokens (Long-CLIP); this base model reads 77"
@@ -363,8 +376,9 @@ def _size_problem(part: str, bare: Entries, config: Mapping[str, int]) -> str | 
 def _other_width(part: str, width: int, wanted: int) -> str:
     """What a text encoder of another width is."""
     if part not in SIZE_NAMES:
-        return f"is another {PART_NAMES[part]}, of width {width}; this base model's has {wanted}"
-    found, needed = (SIZE_NAMES[part].get(each, f"a {PART_NAMES[part]}") for each in (width, wanted))
+        return f"is another {part_name(part)}, of width {width}; this base model's has {wanted}"
+    found = SIZE_NAMES[part].get(width, f"another {part_name(part)}")
+    needed = SIZE_NAMES[part].get(wanted, part_name(part))
     return f"is {found}, of width {width}; this base model reads by {needed}, of width {wanted}. Fix: that one's file"
 
 
