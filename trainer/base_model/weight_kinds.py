@@ -267,6 +267,7 @@ QWEN3_VL_LAYERS = tuple(f"{level}visual.deepstack_merger_list.0.norm.weight" for
 # Of Mistral, Llama and Gemma 2, which lack Qwen's norms and biases, and have other numbers of tokens than FLUX.2-dev's.
 PLAIN_LAYERS = tuple(f"{level}layers.0.self_attn.q_proj.weight" for level in LEVELS)
 MISTRAL_TOKENS = 131072
+LEAST_TOKENS = 32000  # of a published language model: with fewer, it is a miniature's
 LANGUAGE_TOKENS = tuple(f"{level}embed_tokens.weight" for level in LEVELS)
 LANGUAGE_GATES = tuple(f"{level}layers.0.mlp.gate_proj.weight" for level in LEVELS)
 VAE_LAYERS = ("decoder.conv_in.weight", "decoder.conv1.weight")  # the latter: of Wan, and so of Qwen-Image
@@ -292,7 +293,8 @@ def part_of(entries: Entries) -> str | None:
         return "qwen2_5_vl"
     if any(name in entries for name in PLAIN_LAYERS):
         tokens = _first_shape(entries, LANGUAGE_TOKENS)
-        return "mistral3" if tokens is not None and tokens[0] == MISTRAL_TOKENS else None
+        is_mistral = tokens is not None and (tokens[0] == MISTRAL_TOKENS or tokens[0] < LEAST_TOKENS)
+        return "mistral3" if is_mistral else None
     if any(name in entries for name in CLIP_LAYERS):
         shape = _first_shape(entries, TOKENS)
         return "clip_l" if shape is None or shape[-1] <= CLIP_L_WIDTH else "clip_g"

@@ -61,6 +61,7 @@ PLANNED = {
         lambda plan: plan.data.captioner.write, True,
     ),
     "STRICT_DATASET": (HUB, "true", field("data.strict"), True),
+    "MAX_CACHE_GIB": (HUB, "40", field("output.max_cache_bytes"), 40 * 2**30),
     "CACHE_PATH": (HUB, "/somewhere/cache", field("output.cache"), "/somewhere/cache"),
     "PARAMS_BATCH_SIZE": (HUB, "3", lambda plan: plan.data.datasets[0].batch_size, 3),
     "PARAMS_RESOLUTION": (HUB, "96x48", lambda plan: plan.data.datasets[0].resolution, (96, 48)),

@@ -1,7 +1,9 @@
 """From items of the cache to micro-batches: every image has its own latents, text, mask, sizes and weight."""
 
 import dataclasses
+import random
 import threading
+from array import array
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,8 @@ from safetensors.torch import save_file
 from trainer.data import batches
 from trainer.data.batches import MicroBatch, geometry, longest_caption, micro_batch, stack_texts, text_lengths
 from trainer.data.cache import Cache
-from trainer.data.order.variants import Example
+from trainer.data.order.epoch import Drawn, Epoch
+from trainer.data.order.variants import Example, Variants
 from trainer.data.records import ImageRecord, View
 from trainer.job.session import Session
 
@@ -100,18 +103,26 @@ def test_a_run_fills_captions_up_only_where_its_steps_are_captured(cache, captur
     examples = tuple(example(number) for number in range(3))
     made = cache(examples)
     save_file({"tokens": torch.ones(64, 2), "pooled": torch.ones(5)}, made.text_path("caption 2"))
-    run = SimpleNamespace(
-        plan=SimpleNamespace(train=SimpleNamespace(gradient_accumulation=1), engine=SimpleNamespace(device="cpu")),
-        workers=SimpleNamespace(size=1, process_rank=0),
-        sampler=SimpleNamespace(
-            epoch=lambda _: [(one,) for one in examples], all_captions=lambda: [one.caption for one in examples]
-        ),
-        runner=SimpleNamespace(capturing=capturing),
-        cache=made,
-        total=3,
-        steps_per_epoch=3,
+    drawn = Drawn()
+    for number in range(3):
+        drawn.append(number, 0, 0)
+    epoch = Epoch(
+        drawn, lambda i: Variants(examples[i].image, (examples[i].view,), (examples[i].caption,), 1, 1.0), str
     )
-    steps = list(Session.groups(run, 0))
+    for number in range(3):
+        epoch.add_bucket(array("I", [number]), 1)
+    epoch.end_window(0, random.Random(0))
+    run = object.__new__(Session)
+    run.__dict__ |= {
+        "plan": SimpleNamespace(train=SimpleNamespace(gradient_accumulation=1), engine=SimpleNamespace(device="cpu")),
+        "workers": SimpleNamespace(size=1, process_rank=0),
+        "sampler": SimpleNamespace(epoch=lambda _: epoch, all_captions=lambda _: [one.caption for one in examples]),
+        "runner": SimpleNamespace(capturing=capturing),
+        "cache": made,
+        "total": 3,
+        "steps_per_epoch": 3,
+    }
+    steps = list(run.groups(0, 3))
     assert {batch.text["tokens"].shape[1] for _, group in steps for batch in group} == wanted
     assert {"padding" in batch.text for _, group in steps for batch in group} == {capturing}
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from trainer.data import encode
 from trainer.data.cache import Cache, Share
 from trainer.data.encode import open_cache
-from trainer.job import prepare
+from trainer.job.rolling import rolling_cache
 from trainer.spec.plan import EnginePlan
 
 ENCODING = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2")
@@ -105,13 +104,13 @@ def test_streamed_encoders_are_the_first_process_s_and_the_others_still_agree_on
 )
 def test_captions_are_encoded_as_many_at_once_as_was_planned_for(job_plan, monkeypatch, base, stream, at_once):
     asked = {}
-    monkeypatch.setattr(prepare, "fill_texts", lambda *_, **options: asked.update(options))
-    monkeypatch.setattr(prepare, "fill_images", lambda *_, **__: None)
+    monkeypatch.setattr(encode, "fill_texts", lambda *_, **options: asked.update(options))
+    monkeypatch.setattr(encode, "fill_images", lambda *_, **__: None)
     plan = job_plan("flux2")
     plan = dataclasses.replace(
         plan,
         model=dataclasses.replace(plan.model, base=base),
         engine=dataclasses.replace(plan.engine, precision="fp8", stream_encoders=stream),
     )
-    prepare.fill_cache(SimpleNamespace(plan=plan, cache=None, sampler=MagicMock()), check_in=lambda: None)
+    rolling_cache.fill(plan, MagicMock(), None, check_in=lambda: None, share=Share())
     assert asked["at_once"] == at_once

@@ -21,6 +21,7 @@ WITHOUT_EFFECT = {
     "file": "where the bytes are on this machine",
     "width": "follows from the bytes",
     "height": "follows from the bytes",
+    "span": "where the bytes are in the file",
     "subset": "`part_of` has the subset that the plan asks for",
     "has_alpha": "follows from the bytes",
     "mask_file": "the mask's bytes are in the fingerprint",

@@ -23,8 +23,21 @@ from trainer.engine.kernels import reference, rope_reference
 Result = TypeVar("Result")
 
 
+def _first_tensor(arguments: tuple[object, ...]) -> Tensor | None:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            return argument
+    return None
+
+
+def _on_cpu(arguments: tuple[object, ...]) -> bool:
+    """Whether the first tensor among the arguments is on the CPU; they all are on one device."""
+    tensor = _first_tensor(arguments)
+    return tensor is None or tensor.is_cpu
+
+
 def _by_device(kernel: Callable[..., Result], plain: Callable[..., Result]) -> Callable[..., Result]:
-    """`kernel` on an accelerator, `plain` on a CPU: by the first tensor among the arguments, all are on one device.
+    """`kernel` on an accelerator, `plain` on a CPU.
 
     Only the compiler needs to see an operator. Elsewhere its own function is called, without torch's dispatcher, on
     which the host spends several times as long as on the launch itself. The compiler is known by its tensors, which are
@@ -35,10 +48,9 @@ def _by_device(kernel: Callable[..., Result], plain: Callable[..., Result]) -> C
 
     @functools.wraps(plain)
     def chosen(*args: object) -> Result:
-        tensor = next((argument for argument in args if isinstance(argument, Tensor)), None)
-        if tensor is not None and tensor.is_cpu:
+        if _on_cpu(args):
             return plain(*args)
-        if torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter):
+        if torch.compiler.is_compiling() or type(_first_tensor(args)) not in (Tensor, Parameter):
             return kernel(*args)
         with set_wrap_triton_enabled(enabled=False):
             return launch(*args)
