@@ -86,10 +86,10 @@ def test_one_update_for_each_step_that_is_taken_and_none_for_one_that_is_skipped
             self.runner.flat_grad.fill_(float("nan"))
         return losses
 
-    def watched(self, first):
+    def watched(self, first, *others):
         sessions.append(self)
         seen.append([p.detach().double() for p in self.training_state.optimizer_params])
-        for step in steps(self, first):
+        for step in steps(self, first, *others):
             seen.append([p.detach().double() for p in self.training_state.optimizer_params])
             yield step
 
