@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from entrypoint import DEFAULT_OUTPUT_PATH
-from entrypoint.settings.checks import nearest_existing
 from entrypoint.settings.variables import NAMES
 from entrypoint.system.hardware import DEVICE_FILES
 from trainer.process import streams
 from trainer.spec.log_lines import safe_lines
+from trainer.storage.folders import nearest_existing
 
 USER, GROUP = 10001, 0  # where the volume is root's: any number that nobody has, and the group of the image's folders
 WRITTEN = ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME")

@@ -22,7 +22,6 @@ from entrypoint.fetch import http
 from entrypoint.fetch.doors.folders import Listed, Requests
 from entrypoint.fetch.doors.keys import Keys
 from entrypoint.fetch.http import RetryPolicy
-from entrypoint.settings.checks import nearest_existing
 from trainer.data.folder_listing import SHARD
 from trainer.data.folders import formats
 from trainer.data.shards.stream import ShardStream
@@ -30,7 +29,7 @@ from trainer.spec.errors import KilnError, StorageError
 from trainer.spec.plan import Plan, Source
 from trainer.spec.values import many
 from trainer.storage.atomic import human_size
-from trainer.storage.folders import naming
+from trainer.storage.folders import naming, nearest_existing
 from trainer.storage.read import files_below
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from entrypoint.fetch.http import RetryPolicy
 from entrypoint.fetch.hub_dataset import hub_choice
 from entrypoint.planning import single_files
 from entrypoint.planning.captions import captioner
-from entrypoint.settings.checks import nearest_existing, raise_together
+from entrypoint.settings.checks import raise_together
 from entrypoint.system.answers import Answers
 from entrypoint.system.machine import Machine
 from trainer.base_model import model_folder, weight_kinds, without_weights
@@ -38,6 +38,7 @@ from trainer.spec.plan import AUTO, ModelPlan, Plan, Source, Subset
 from trainer.spec.rules.cache_size import LEAST_BYTES, bytes_per_image
 from trainer.spec.values import printable, some
 from trainer.storage.atomic import human_size, storage_error
+from trainer.storage.folders import nearest_existing
 from trainer.storage.json_files import LONGEST_NAME_BYTES
 from trainer.storage.read import files_below
 

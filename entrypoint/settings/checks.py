@@ -6,7 +6,6 @@ Reading single values (numbers, ranges, keys), and the nearest known name, is in
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -101,14 +100,6 @@ def one_edit_apart(a: str, b: str) -> bool:
 def is_folder(path: str) -> bool:
     """Whether `path` is an existing folder; False for text that cannot be a path at all."""
     return _exists_as(path, Path.is_dir)
-
-
-def nearest_existing(place: Path) -> Path:
-    """`place`, or the nearest folder above it that exists, where it will be made. It makes nothing and never raises."""
-    place = Path(os.path.expanduser(place)).absolute()  # noqa: PTH111 (Path's raises for an unknown user)
-    while not os.path.exists(place):  # noqa: PTH110 (Path's raises where a name is too long, or a folder is closed)
-        place = place.parent
-    return place
 
 
 def is_file(path: str) -> bool:

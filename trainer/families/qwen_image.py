@@ -235,9 +235,8 @@ def predict(
     from diffusers.models.transformers import transformer_qwenimage
 
     transformer_qwenimage.compute_text_seq_len_from_mask = _text_length
-    b, c, h, w = noisy_BCHW.shape
-    # Patches of 2 x 2 latents are the tokens; each has its channels first.
-    patches_BTD = noisy_BCHW.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * 4)
+    b, _, h, w = noisy_BCHW.shape
+    patches_BTD = common.patch_tokens(noisy_BCHW)
     out_BTD = denoiser(
         hidden_states=common.traced(patches_BTD.to(denoiser.dtype)),
         timestep=t_B,
@@ -246,7 +245,7 @@ def predict(
         img_shapes=[[(1, h // 2, w // 2)]] * b,
         return_dict=False,
     )[0]
-    return _unpacked(out_BTD, h, w)
+    return common.latents_of_patches(out_BTD, h, w)
 
 
 def _text_length(tokens_BLD: torch.Tensor, mask_BL: torch.Tensor | None) -> tuple[int, None, torch.Tensor | None]:
@@ -255,12 +254,6 @@ def _text_length(tokens_BLD: torch.Tensor, mask_BL: torch.Tensor | None) -> tupl
     For them it copies a number from the host, which no captured step can.
     """
     return tokens_BLD.shape[1], None, None if mask_BL is None else mask_BL.bool()
-
-
-def _unpacked(tokens_BTD: torch.Tensor, h: int, w: int) -> torch.Tensor:
-    """Latents (B, C, H, W) of tokens that are patches of 2 x 2."""
-    b, _, d = tokens_BTD.shape
-    return tokens_BTD.view(b, h // 2, w // 2, d // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, d // 4, h, w)
 
 
 # ---- samples
@@ -299,7 +292,7 @@ def sample(
         generator=torch.Generator("cpu").manual_seed(prompt.seed),
         output_type="latent",
     ).images
-    latents_BCHW = _unpacked(tokens_BTD, prompt.height // 8, prompt.width // 8)
+    latents_BCHW = common.latents_of_patches(tokens_BTD, prompt.height // 8, prompt.width // 8)
     return common.to_image(pipe, qwen_vae.decode_latents(vae, latents_BCHW))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -199,3 +200,11 @@ def naming(variable: str) -> Iterator[None]:
         raise StorageError(
             f"{variable}: {problem} Free some room or choose another place with {variable}."
         ) from problem
+
+
+def nearest_existing(place: Path) -> Path:
+    """`place`, or the nearest folder above it that exists, where it will be made. It makes nothing and never raises."""
+    place = Path(os.path.expanduser(place)).absolute()  # noqa: PTH111 (Path's raises for an unknown user)
+    while not os.path.exists(place):  # noqa: PTH110 (Path's raises where a name is too long, or a folder is closed)
+        place = place.parent
+    return place

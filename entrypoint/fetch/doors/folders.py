@@ -21,11 +21,18 @@ from entrypoint.fetch.doors import buckets, drive_folders, hub_buckets, shares
 from entrypoint.fetch.doors.keys import Keys
 from entrypoint.fetch.doors.offer import Offer, refusal
 from entrypoint.fetch.http import RetryPolicy
-from entrypoint.settings.checks import nearest_existing
 from trainer.network import addresses
 from trainer.spec.errors import DataError, GatedError, StorageError, UnreachableError
 from trainer.storage.atomic import human_size
-from trainer.storage.folders import build_folder, completed, locked, read_json, storage_error, write_text
+from trainer.storage.folders import (
+    build_folder,
+    completed,
+    locked,
+    nearest_existing,
+    read_json,
+    storage_error,
+    write_text,
+)
 
 if TYPE_CHECKING:
     import httpx

@@ -42,6 +42,7 @@ from trainer.spec.rules.cache_size import LEAST_BYTES, bytes_per_image
 from trainer.spec.values import many
 from trainer.storage import atomic, json_files
 from trainer.storage.atomic import human_size
+from trainer.storage.folders import nearest_existing
 from trainer.storage.run_records import RunRecord
 from trainer.training.distributed import Workers
 
@@ -73,7 +74,7 @@ def _window_bytes(plan: Plan, sampler: EpochSampler, scanned: Scan, cache: Cache
         return 0
     size = size_of(plan)
     needed = sum(map(size, scanned.images))
-    free = shutil.disk_usage(_existing(Path(plan.output.cache))).free
+    free = shutil.disk_usage(nearest_existing(Path(plan.output.cache))).free
     is_stream = bool(streams_of(plan))
     room = int(free * WHOLE_SHARE) if limit is None else limit
     if needed <= room and not is_stream:
@@ -87,12 +88,6 @@ def _window_bytes(plan: Plan, sampler: EpochSampler, scanned: Scan, cache: Cache
         many(len(scanned.images), "image"), human_size(needed), human_size(room),
     )  # fmt: skip
     return room
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _missing_share(sampler: EpochSampler, cache: Cache) -> float:
